@@ -1,0 +1,80 @@
+"""Quantize an activation once for all the linears that read it."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.fx import Node
+
+from edgepass.passes.graph_pass import GraphPass, Order
+from edgepass.passes.program import WorkingProgram
+from edgepass.passes.rewriter import Replacement, RewriteLog, RuleCount
+from edgepass.passes.targets import is_call, is_getitem, operator_name
+
+_PURE = {
+    *("torchao.choose_qparams_affine", "torchao.quantize_affine", "torchao.dequantize_affine"),
+    "quantized_decomposed.choose_qparams_per_token_asymmetric",
+    "quantized_decomposed._choose_qparams_per_token_asymmetric_impl",
+    *("quantized_decomposed.quantize_per_token", "quantized_decomposed.dequantize_per_token"),
+    "quantized_decomposed.dequantize_per_channel_group",
+    "quantized_decomposed.dequantize_per_channel",
+}
+
+
+@dataclass(frozen=True)
+class ShareActivationQuantization(GraphPass):
+    """Merge calls that choose, apply or undo the same quantization of the same value.
+
+    What it does: the linears of Q, K and V, and of gate and up, each bring their own quantization
+    of one activation; after this pass they share one. Tied weights share one dequantization.
+
+    Before: ``linear(dq(q(x)), w1); linear(dq(q(x)), w2)``
+    After: ``y = dq(q(x)); linear(y, w1); linear(y, w2)``
+
+    Refuses when: an argument differs, or the value is changed in place by the program.
+
+    Numerics: the same bits.
+
+    Backends: all.
+    """
+
+    name: ClassVar[str] = "share-activation-quantization"
+    after: ClassVar[tuple[Order, ...]] = (
+        Order("canonicalize", "views and casts that change nothing make equal inputs look apart"),
+    )
+
+    def run(self, program: WorkingProgram) -> RewriteLog:
+        count = RuleCount()
+        log = RewriteLog({self.name: count})
+        mutations = program.find_mutations()
+        first: dict[Hashable, Node] = {}
+        for node in list(program.graph.nodes):
+            if not _is_quantization(node):
+                continue
+            count.tried += 1
+            if mutations and any(map(mutations.is_changed, node.all_input_nodes)):
+                count.refused += 1
+                continue
+            twin = first.setdefault(_key(node), node)
+            if twin is not node:
+                node.replace_all_uses_with(twin)
+                log.replacements.append(Replacement(node.name, twin, self.name))
+                program.graph.erase_node(node)
+                count.applied += 1
+        return log
+
+
+def _is_quantization(node: Node) -> bool:
+    if is_getitem(node):
+        return is_call(node.args[0], *_PURE)
+    return node.op == "call_function" and operator_name(node.target) in _PURE
+
+
+def _key(node: Node) -> Hashable:
+    return (node.target, _hashable(node.args), _hashable(sorted(node.kwargs.items())))
+
+
+def _hashable(value: Any) -> Hashable:
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(each) for each in value)
+    return (type(value), value)  # 1, 1.0 and True are not one argument

@@ -1,0 +1,1 @@
+"""Loading checkpoints, and the decoder's exportable form."""

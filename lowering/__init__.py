@@ -1,0 +1,1 @@
+"""Where passes meet ExecuTorch: one file a backend, registration, and lower()."""

@@ -1,0 +1,123 @@
+"""Which nodes go into Vulkan delegates: all of them, or what stock and the limits allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from executorch.backends.vulkan.partitioner.vulkan_partitioner import (
+    VulkanPartitioner,
+    VulkanSupportedOperators,
+)
+from executorch.backends.vulkan.utils import DEFAULT_BUFFER_LIMIT, DEFAULT_TEXTURE_LIMITS
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
+from executorch.exir.backend.utils import tag_constant_data, tag_mutated_buffer
+from executorch.exir.dialects._ops import ops as exir_ops
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+
+from edgepass.lowering.vulkan_backend import EdgepassVulkanBackend
+from edgepass.lowering.vulkan_plain import is_outside
+
+_edge = exir_ops.edge
+# Stock applies the float dtypes of these to every argument, and so refuses packed weights.
+_ACCEPTED = frozenset(
+    {
+        _edge.et_vk.select_as_symint.default,
+        _edge.et_vk.linear_q4gsw.default,
+        _edge.et_vk.linear_dq8ca_q4gsw.default,
+    }
+)
+
+
+class EdgepassVulkanPartitioner(Partitioner):
+    """Tags nodes for Vulkan; ``whole`` tags every call, which a program must be known to bear."""
+
+    def __init__(self, *, half: bool, whole: bool) -> None:
+        super().__init__()
+        stock = VulkanPartitioner({"force_fp16": True} if half else {})
+        self.compile_specs: list[CompileSpec] = stock.delegation_spec.compile_specs
+        self.whole = whole
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        """Tag the nodes and the constants that only they use."""
+        spec = DelegationSpec(EdgepassVulkanBackend.__name__, self.compile_specs)
+        groups = [_calls(exported_program)] if self.whole else _partitions(exported_program)
+        tags: dict[str, DelegationSpec] = {}
+        for number, nodes in enumerate(groups):
+            for node in nodes:
+                node.meta["delegation_tag"] = f"vulkan_{number}"
+            tags[f"vulkan_{number}"] = spec
+        tag_constant_data(exported_program)
+        tag_mutated_buffer(exported_program)
+        return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
+
+
+class RightOnVulkan(VulkanSupportedOperators):
+    """Stock's table of supported operators, less what the runtime then computes wrong."""
+
+    def __init__(self, *, symbols: bool) -> None:
+        """``symbols`` allows sizes to be computed inside a delegate."""
+        super().__init__(DEFAULT_TEXTURE_LIMITS, DEFAULT_BUFFER_LIMIT)
+        self.symbols = symbols
+
+    def is_node_supported(self, submodules: Mapping[str, Any], node: Node) -> bool:
+        """Tell whether a delegate may hold ``node``."""
+        if is_outside(node) or _is_wrong(node) or (_has_symbols(node) and not self.symbols):
+            return False
+        return node.target in _ACCEPTED or super().is_node_supported(submodules, node)
+
+
+def _calls(program: ExportedProgram) -> list[Node]:
+    return [node for node in program.graph.nodes if node.op == "call_function"]
+
+
+def _partitions(program: ExportedProgram) -> list[list[Node]]:
+    groups = _propose(program, symbols=True)
+    # Between delegates a SymInt is serialised as null, without a word.
+    return _propose(program, symbols=False) if any(map(_leaks_symbol, groups)) else groups
+
+
+def _propose(program: ExportedProgram, *, symbols: bool) -> list[list[Node]]:
+    partitions = CapabilityBasedPartitioner(
+        program.graph_module, RightOnVulkan(symbols=symbols), allows_single_node_partition=True
+    ).propose_partitions()
+    return [list(partition.nodes) for partition in partitions]
+
+
+def _leaks_symbol(group: list[Node]) -> bool:
+    """Tell whether a SymInt enters or leaves a group of nodes."""
+    inside = set(group)
+    entering = [source for node in group for source in node.all_input_nodes]
+    leaving = [node for node in group if not set(node.users) <= inside]
+    crossing = (set(entering) - inside) | set(leaving)
+    return any(map(_is_symbol, crossing))
+
+
+def _has_symbols(node: Node) -> bool:
+    sources = [node, *node.all_input_nodes]
+    own_position = _edge.et_vk.select_as_symint.default
+    return any(_is_symbol(source) and source.target != own_position for source in sources)
+
+
+def _is_symbol(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def _is_wrong(node: Node) -> bool:
+    value = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], Node) else None
+    if node.target == _edge.aten.gelu.default:
+        return node.kwargs.get("approximate", "none") != "tanh"  # the runtime only has this form
+    if node.target == _edge.aten.squeeze_copy.dims:
+        return 0 in [dim % value.dim() for dim in node.args[1]]
+    # Splits keep their largest sizes whatever the token count is.
+    is_split = node.target == _edge.aten.split_with_sizes_copy.default
+    return is_split and isinstance(value, Tensor) and _is_dynamic(value)
+
+
+def _is_dynamic(value: Tensor) -> bool:
+    return not all(isinstance(size, int) for size in value.shape)

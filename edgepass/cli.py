@@ -1,0 +1,192 @@
+"""The command line: ``edgepass lower | run | eval | explain``.
+
+What needs torch is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgepass import __version__, console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Lower language models to small, fast and right 4-bit ExecuTorch programs.",
+)
+
+Model = Annotated[
+    str, typer.Option("--model", help="A directory, .gguf file, hub id, or smollm2-135m.")
+]
+RecipeName = Annotated[str, typer.Option(help="How it is quantized: 8da4w or 4w.")]
+Backend = Annotated[str, typer.Option(help="xnnpack or vulkan.")]
+GroupSize = Annotated[int, typer.Option(help="Weights that share one scale.")]
+Layers = Annotated[int | None, typer.Option(help="Keep the first N layers only.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def main() -> None:
+    """Run the command line; an error that edgepass foresees is one line and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # What libraries remark on the way is not for whoever waits for a result.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        app(prog_name="edgepass")
+    except Exception as error:
+        from edgepass.ops.errors import EdgepassError
+
+        if not isinstance(error, EdgepassError):
+            raise
+        print(f"edgepass: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def lower(
+    model: Model,
+    backend: Backend,
+    out: Annotated[Path, typer.Option(help="Folder for model.pte, tokenizer and report.json.")],
+    recipe: RecipeName = "8da4w",
+    group_size: GroupSize = 32,
+    context: Annotated[int, typer.Option(help="Tokens that the KV cache holds.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="fp32, or fp16 for vulkan.")] = "fp32",
+    layers: Layers = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize, fuse and lower a model into a folder that `run` and `eval` read."""
+    with console.show_progress() as progress:
+        progress("load")
+        from edgepass import api
+
+        api.check_options(backend, recipe, dtype)
+        _check_writable(out)
+        loaded, tokenizer = api.load_model(
+            model, layers=layers, trust_remote_code=trust_remote_code
+        )
+        result = api.lower(
+            loaded,
+            backend=backend,
+            recipe=recipe,
+            group_size=group_size,
+            context=context,
+            dtype=dtype,
+            model_name=model,
+            progress=progress,
+        )
+        progress("write")
+        result.save(out, tokenizer)
+    console.show(result.report, as_json, lambda: console.print_report(result.report, out))
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="A folder that `lower` wrote.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Generate text with a lowered program on the stock ExecuTorch runtime."""
+    from edgepass.generation import LoweredDecoder, generate
+    from edgepass.models.load import load_tokenizer
+
+    decoder, tokenizer = LoweredDecoder(folder), load_tokenizer(folder)
+    tell = None if as_json else console.Typewriter(prompt)
+    result = vars(generate(decoder, tokenizer, prompt, max_new_tokens, on_text=tell))
+    console.show(result, as_json, lambda: console.print_speed(result))
+
+
+@app.command(name="eval")
+def evaluate(
+    text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
+    folder: Annotated[Path | None, typer.Argument(help="A folder that `lower` wrote.")] = None,
+    model: Annotated[str | None, typer.Option(help="Or a model, run eagerly.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Quantize the eager model by it.")] = None,
+    group_size: GroupSize = 32,
+    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    max_tokens: Annotated[int | None, typer.Option(help="Read this many tokens only.")] = None,
+    layers: Layers = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a text, by a lowered program or an eager model."""
+    with console.show_progress() as progress:
+        progress("load")
+        from edgepass.evaluation import Subject
+        from edgepass.ops.errors import InvalidArgumentError
+
+        if (folder is None) == (model is None):
+            raise InvalidArgumentError(
+                f"one thing to evaluate: got folder={folder} and model={model}, accepted is "
+                "either a folder or --model"
+            )
+        if folder is not None:
+            subject = Subject.of_folder(folder, context)
+        else:
+            subject = Subject.of_model(
+                str(model), context, recipe, group_size, layers, trust_remote_code
+            )
+        result = subject.perplexity(text, context, max_tokens, partial(progress, "window"))
+    shown = f"perplexity {result.perplexity:.4f} over {result.tokens} tokens"
+    console.show(vars(result), as_json, lambda: print(shown))
+
+
+@app.command()
+def explain(
+    model: Model,
+    backend: Backend,
+    recipe: RecipeName = "8da4w",
+    group_size: GroupSize = 32,
+    layers: Layers = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Say for each linear whether it is fused, or the first reason why not."""
+    with console.show_progress() as progress:
+        progress("load")
+        from edgepass import api
+
+        api.check_options(backend, recipe, "fp32")
+        loaded, _ = api.load_model(model, layers=layers, trust_remote_code=trust_remote_code)
+        progress("export")
+        program = api.export_quantized(loaded, recipe, group_size, api.short_context(loaded))
+        progress("fuse")
+        rows = api.explain(program, backend)
+    console.show({"linears": rows}, as_json, lambda: console.print_linears(rows))
+
+
+def _check_writable(out: Path) -> None:
+    """Notice an output folder that cannot be written before the work begins, by trying."""
+    from edgepass.ops.errors import OutputError
+
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".edgepass.", dir=nearest).cleanup()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write: got out={out} ({error.strerror}: {nearest}), accepted are folders "
+            "that exist or can be made"
+        ) from error

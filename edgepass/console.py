@@ -1,0 +1,92 @@
+"""What the command line shows: progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+class TellProgress(Protocol):
+    """Called with the present stage and, where its parts are counted, how many are done."""
+
+    def __call__(self, stage: str, done: int = 0, total: int | None = None) -> None: ...
+
+
+@contextmanager
+def show_progress() -> Iterator[TellProgress]:
+    """A bar on a terminal's standard error, else one line a stage."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _tell_lines()
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("start", total=None)
+
+        def tell(stage: str, done: int = 0, total: int | None = None) -> None:
+            progress.update(task, description=stage, completed=done, total=total)
+
+        yield tell
+
+
+def _tell_lines() -> TellProgress:
+    def tell(stage: str, done: int = 0, total: int | None = None) -> None:
+        counted = "" if total is None else f" {done} of {total}"
+        print(f"edgepass: {stage}{counted}", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def show(result: Any, as_json: bool, pretty: Callable[[], None]) -> None:
+    """Print ``result`` as one JSON object, or as ``pretty`` does."""
+    if as_json:
+        print(json.dumps(result))
+    else:
+        pretty()
+
+
+def print_report(report: dict[str, Any], out: Path) -> None:
+    """Print what `lower` wrote, as a table."""
+    linears, sqnr = report["linears"], report["numerics"]["sqnr_db"]
+    table = Table(title=f"{report['model']} for {report['backend']}", show_header=False)
+    table.add_row("file", f"{out / 'model.pte'}, {report['pte_bytes'] / 1e6:.1f} MB")
+    table.add_row("linears fused", f"{linears['fused']} of {linears['total']}")
+    table.add_row("delegates", ", ".join(f"{k}: {v}" for k, v in report["delegates"].items()))
+    table.add_row("fused against unfused", "not compared" if sqnr is None else f"{sqnr} dB")
+    table.add_row("seconds", f"{sum(stage['seconds'] for stage in report['stages']):.1f}")
+    for row in linears["unfused"]:
+        table.add_row("not fused", f"{row['name']}: {row['reason']}")
+    Console().print(table)
+
+
+class Typewriter:
+    """Prints text as it comes, after the prompt that it continues."""
+
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
+
+    def __call__(self, text: str) -> None:
+        print(self.prompt + text, end="", flush=True)
+        self.prompt = ""
+
+
+def print_speed(result: dict[str, Any]) -> None:
+    """Print the rates of a generation, below the text that is there already."""
+    print()
+    for phase in ("prefill", "decode"):
+        print(f"{phase}: {result[f'{phase}_tokens_per_second']:.1f} tokens per second")
+
+
+def print_linears(rows: list[dict[str, Any]]) -> None:
+    """Print each linear with its fate, and the count."""
+    for row in rows:
+        print(f"{row['name']}: {'fused' if row['fused'] else row['reason']}")
+    print(f"{sum(row['fused'] for row in rows)} of {len(rows)} linears fused")

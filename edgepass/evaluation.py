@@ -1,0 +1,78 @@
+"""What `eval` measures: a lowered folder or an eager model, with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgepass.calibration.recipes import find_recipe, quantize_model
+from edgepass.generation import LoweredDecoder
+from edgepass.models.load import load_model, load_tokenizer
+from edgepass.models.rotary import longest_context
+from edgepass.ops.errors import InvalidArgumentError
+from edgepass.perplexity import (
+    Perplexity,
+    WindowLogits,
+    of_model,
+    of_program,
+    perplexity,
+    read_tokens,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that predicts tokens."""
+
+    tokenizer: Any
+    window_logits: WindowLogits
+
+    @staticmethod
+    def of_folder(folder: Path, context: int) -> Subject:
+        """Load a folder that `lower` wrote. Raises InvalidArgumentError beyond its context."""
+        decoder = LoweredDecoder(folder)
+        _check_context(context, decoder.context)
+        return Subject(load_tokenizer(folder), of_program(decoder))
+
+    @staticmethod
+    def of_model(
+        spec: str,
+        context: int,
+        recipe: str | None = None,
+        group_size: int = 32,
+        layers: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> Subject:
+        """Load a model to run eagerly, quantized by ``recipe`` if one is given.
+
+        Raises InvalidArgumentError for an unknown recipe, a group size that does not fit, or a
+        ``context`` beyond the model's.
+        """
+        if recipe is not None:
+            find_recipe(recipe)
+        model, tokenizer = load_model(spec, layers=layers, trust_remote_code=trust_remote_code)
+        _check_context(context, longest_context(model.config))
+        if recipe is not None:
+            quantize_model(model, recipe, group_size)
+        return Subject(tokenizer, of_model(model))
+
+    def perplexity(
+        self,
+        text: Path,
+        context: int,
+        max_tokens: int | None,
+        on_window: Callable[[int, int], None],
+    ) -> Perplexity:
+        """Perplexity of the first ``max_tokens`` of ``text``: see ``edgepass.perplexity``."""
+        tokens = read_tokens(self.tokenizer, text, max_tokens)
+        return perplexity(tokens, context, self.window_logits, on_window)
+
+
+def _check_context(context: int, longest: int | None) -> None:
+    if longest is not None and context > longest:
+        raise InvalidArgumentError(
+            f"context out of range: got context={context}, accepted are 2 to {longest}, the most "
+            "that the model holds"
+        )

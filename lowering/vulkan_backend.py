@@ -59,6 +59,7 @@ _FINAL = frozenset(
         _edge.aten.slice_copy.Tensor,
         _edge.aten.select_copy.int,
         _edge.aten.cat.default,
+        _edge.aten.constant_pad_nd.default,
         _edge.aten.embedding.default,
         _edge.aten.linear.default,
         _edge.aten.sigmoid.default,

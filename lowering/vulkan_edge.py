@@ -36,6 +36,7 @@ _RENAMED: dict[Any, Any] = {
     _aten.slice.Tensor: _edge.aten.slice_copy.Tensor,
     _aten.select.int: _edge.aten.select_copy.int,
     _aten.cat.default: _edge.aten.cat.default,
+    _aten.constant_pad_nd.default: _edge.aten.constant_pad_nd.default,
     _aten.sigmoid.default: _edge.aten.sigmoid.default,
     _aten.tanh.default: _edge.aten.tanh.default,
     _aten.relu.default: _edge.aten.relu.default,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -56,6 +56,19 @@ class GraphEditor:
     def add_constant(self, name: str, tensor: torch.Tensor) -> Node:
         """Add ``tensor`` as a buffer called ``name`` (made unique) and return its placeholder."""
         return self.program.add_constant(name, tensor)
+
+    def derive(
+        self, source: Node, kind: str, key: Any, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Node:
+        """Return the constant that ``change`` makes of the constant ``source``, made once."""
+
+        def compute() -> torch.Tensor:
+            content = self.constant(source)
+            assert content is not None, f"{source} is a constant"
+            return change(content)
+
+        name = f"{self.constant_name(source)}_{kind}"
+        return self.program.derive_constant(("vulkan", kind, source, key), name, compute)
 
     def call(self, target: Any, *args: Any, like: Node, val: Any = None) -> Node:
         """Add a call at the graph's insertion point, with the provenance of ``like``.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -20,19 +20,12 @@ from torch.fx import Node
 from edgepass.lowering import vulkan_kernels  # noqa: F401  (defines the et_vk operators)
 from edgepass.lowering.vulkan_declined import Declined, Fused, Refused
 from edgepass.lowering.vulkan_graph import GraphEditor
-from edgepass.lowering.vulkan_limits import (
-    EMBEDDING,
-    LINEAR,
-    EmbeddingShape,
-    LinearShape,
-    keeps,
-    require,
-)
-from edgepass.ops.quantize import VULKAN_SCALE_FLOOR
-from edgepass.passes.targets import argument, is_call, is_getitem, operator_name
+from edgepass.lowering.vulkan_legal import LinearLegalization
+from edgepass.lowering.vulkan_legality import EMBEDDING, require
+from edgepass.lowering.vulkan_operands import Operands, name_of, read_linear
+from edgepass.passes.targets import argument, is_call, operator_name
 
 _aten, _et_vk = torch.ops.aten, torch.ops.et_vk
-_LINEARS = ("edgepass.linear_qta8a_qga4w", "edgepass.linear_qga4w")
 _WEIGHT_ONLY, _DYNAMIC = _et_vk.linear_q4gsw.default, _et_vk.linear_dq8ca_q4gsw.default
 _ZERO_BYTE = 0x88  # two nibbles of 8, which stand for the value 0
 
@@ -71,39 +64,37 @@ class LinearLowering:
         self._encodings: dict[Node, tuple[Node, Node]] = {}
 
     def run(self) -> None:
-        """Rewrite every linear and embedding that keeps the runtime's limits."""
+        """Rewrite every linear that can be made legal, and every embedding that is."""
+        legalization = LinearLegalization(self.editor, half=self.half)
+        legalization.run()
+        self.declined += legalization.declined
         for node in list(self.editor.graph.nodes):
             if is_call(node, "edgepass.embedding_qg"):
-                self._try(node, self._rewrite_embedding)
-            elif is_call(node, *_LINEARS):
-                self._try(node, self._accept)
+                name = self.editor.constant_name(argument(node, "weight"))
+                self._try(node, self._rewrite_embedding, name)
+            elif node in legalization.legal:
+                self._try(node, self._accept, legalization.legal[node])
         for together in _in_order_of_appearance(self._sites, merge=self.merge):
             self._emit(together)
 
-    def _try(self, node: Node, rewrite: Callable[[Node], str]) -> None:
-        weight = "weight" if is_call(node, "edgepass.embedding_qg") else "w_packed"
-        name = self.editor.constant_name(argument(node, weight))
+    def _try(self, node: Node, rewrite: Callable[[Node], str], name: str) -> None:
         own = operator_name(node.target)
         try:
-            self.fused.append(Fused(own, rewrite(node), name))
+            runtime_operator = rewrite(node)
         except Refused as refused:
             self.declined.append(Declined.of(node, refused, name))
+        else:
+            self.fused += [Fused(own, runtime_operator, name)] if name else []
 
     def _accept(self, node: Node) -> str:
-        site = self._site(node)
-        self._sites.append(site)
-        return operator_name(_WEIGHT_ONLY if site.weight_only else _DYNAMIC)
-
-    def _site(self, node: Node) -> _Site:
-        x, dynamic = _activation(node)
-        shape = _linear_shape(self.editor, node, x, dynamic)
+        linear = read_linear(self.editor, node)
         # The runtime's kernels for one token read the activation as floats in both operators
         # (129 dB against a weight-only reference), so there the sums would be dead bytes.
-        as_floats = replace(shape, dynamic_activation=False)
-        weight_only = not dynamic or (shape.tokens == 1 and keeps(LINEAR, as_floats))
-        require(LINEAR, as_floats if weight_only else shape)
-        has_bias = argument(node, "bias") is not None
-        return _Site(node, x, weight_only, shape.group_size, has_bias)
+        target = _DYNAMIC if linear.quantizes else _WEIGHT_ONLY
+        require(operator_name(target), _facts(linear))
+        group, has_bias = linear.group_size, linear.bias is not None
+        self._sites.append(_Site(node, linear.x, not linear.quantizes, group, has_bias))
+        return operator_name(target)
 
     def _emit(self, sites: list[_Site]) -> None:
         """Replace linears that share their activation by one, and slices of its output."""
@@ -129,20 +120,18 @@ class LinearLowering:
 
     def _linear(self, sites: list[_Site]) -> Node:
         x, node, group = sites[0].x, sites[0].node, sites[0].group_size
-        weight, packed = self._weight(sites)
-        scales = self._joined(sites, "w_scales").t().contiguous()
-        scales_node = self.editor.add_constant(self._name(node, "scales"), scales)
-        bias = self._bias(sites)
-        fused_bias = None if self.half else bias
+        weight = self._weight(sites)
+        scales = self._joined(sites, "w_scales", "transposed", lambda each: each.t().contiguous())
+        bias, apart = self._bias(sites), self.half or node.meta["val"].dtype != torch.float32
+        fused_bias = None if apart else bias
         if sites[0].weight_only:
-            target = _WEIGHT_ONLY
-            args = (x, weight, scales_node, group, fused_bias)
+            target, args = _WEIGHT_ONLY, (x, weight, scales, group, fused_bias)
         else:
-            sums = self.editor.add_constant(self._name(node, "sums"), group_sums(packed, group))
+            sums = self._joined(sites, "w_packed", "sums", lambda each: group_sums(each, group))
             target = _DYNAMIC
-            args = (x, *self._encoding(x), weight, sums, scales_node, group, fused_bias)
+            args = (x, *self._encoding(x), weight, sums, scales, group, fused_bias)
         y = self.editor.call(target, *args, like=node)
-        if bias is None or fused_bias is not None:
+        if bias is None or not apart:
             return y
         return self.editor.call(_aten.add.Tensor, y, bias, like=node, val=y.meta["val"])
 
@@ -165,46 +154,56 @@ class LinearLowering:
             self._encodings[x] = scale, zero
         return self._encodings[x]
 
-    def _weight(self, sites: list[_Site]) -> tuple[Node, Tensor]:
-        """Return the packed rows of all ``sites``, padded to words of 8 columns and as they are."""
-        packed = self._joined(sites, "w_packed")
-        missing = -packed.shape[1] % 4
+    def _weight(self, sites: list[_Site]) -> Node:
+        """Return the packed rows of all ``sites``, each padded to words of 8 columns."""
+        packed = argument(sites[0].node, "w_packed")
+        missing = -packed.meta["val"].shape[1] % 4
         if len(sites) == 1 and not missing:
-            return argument(sites[0].node, "w_packed"), packed
-        words = torch.nn.functional.pad(packed, (0, missing), value=_ZERO_BYTE)
-        return self.editor.add_constant(self._name(sites[0].node, "weight"), words), packed
+            return packed
+        pad = torch.nn.functional.pad
+        return self._joined(
+            sites, "w_packed", "words", lambda each: pad(each, (0, missing), value=_ZERO_BYTE)
+        )
 
     def _bias(self, sites: list[_Site]) -> Node | None:
         if not sites[0].has_bias:
             return None
-        bias = self._joined(sites, "bias").to(sites[0].node.meta["val"].dtype)
-        if self.half:
-            bias = bias.reshape([1] * (sites[0].node.meta["val"].dim() - 1) + [-1])
-        return self.editor.add_constant(self._name(sites[0].node, "bias"), bias)
+        value = sites[0].node.meta["val"]
+        apart = self.half or value.dtype != torch.float32
+        shape = [1] * (value.dim() - 1) + [-1] if apart else [-1]
+        return self._joined(
+            sites, "bias", f"row_{len(shape)}", lambda each: each.to(value.dtype).reshape(shape)
+        )
 
-    def _joined(self, sites: list[_Site], name: str) -> Tensor:
-        tensors = [self.editor.constant(argument(site.node, name)) for site in sites]
-        known = [tensor for tensor in tensors if tensor is not None]
-        return known[0] if len(known) == 1 else torch.cat(known)
+    def _joined(
+        self, sites: list[_Site], name: str, kind: str, change: Callable[[Tensor], Tensor]
+    ) -> Node:
+        """Return a constant made of one parameter of all sites, the same for the same weights."""
+        nodes = tuple(argument(site.node, name) for site in sites)
 
-    def _name(self, node: Node, suffix: str) -> str:
-        return f"{self.editor.constant_name(argument(node, 'w_packed'))}_{suffix}"
+        def make() -> Tensor:
+            tensors = [self.editor.constant(each) for each in nodes]
+            return change(torch.cat(tensors) if len(tensors) > 1 else tensors[0])
+
+        label = f"{self.editor.constant_name(nodes[0])}_{kind}"
+        key = ("et_vk", kind, sites[0].group_size, nodes)
+        return self.editor.program.derive_constant(key, label, make)
 
     def _rewrite_embedding(self, node: Node) -> str:
         weight, scales, zeros, group, bits, ids = (
             argument(node, name)
             for name in ("weight", "scales", "zeros", "group_size", "bits", "ids")
         )
-        constants = [self.editor.constant(value) for value in (weight, scales)]
-        shape = EmbeddingShape(
-            k=node.meta["val"].shape[-1],
-            group_size=group,
-            bits=bits,
-            symmetric=_all_zero(self.editor, zeros),
-            constant=all(value is not None for value in constants),
-            ids_rank=ids.meta["val"].dim(),
-        )
-        require(EMBEDDING, shape)
+        constant = all(self.editor.constant(value) is not None for value in (weight, scales))
+        facts = {
+            "parameters": "constant" if constant else "computed",
+            "bits": bits,
+            "zero points": 0 if _all_zero(self.editor, zeros) else "other than 0",
+            "K": node.meta["val"].shape[-1],
+            "group size": group,
+            "rank of the ids": ids.meta["val"].dim(),
+        }
+        require(EMBEDDING, facts)
         with self.editor.graph.inserting_before(node):
             rows = self.editor.call(
                 *(_et_vk.embedding_q4gsw.default, weight, scales, group, ids, True), like=node
@@ -223,47 +222,21 @@ def group_sums(packed: Tensor, group_size: int) -> Tensor:
     return (sums - 8 * group_size).t().contiguous()
 
 
-def _activation(node: Node) -> tuple[Node, bool]:
-    """Return the float activation of a linear, and whether it is quantized per token."""
-    if is_call(node, "edgepass.linear_qga4w"):
-        return argument(node, "x"), False
-    if node.target._overloadname == "dynamic":
-        return argument(node, "x"), True
-    parts = [argument(node, name) for name in ("x_q", "x_scale", "x_zero")]
-    sources = {part.args[0] if is_getitem(part) else part for part in parts}
-    if len(sources) != 1 or not is_call(next(iter(sources)), "edgepass.quantize_per_token"):
-        raise Refused("its activation is not quantized by quantize_per_token")
-    if [part.args[1] for part in parts] != [0, 1, 2]:
-        raise Refused("its activation's encoding is not that of its values")
-    quantize = next(iter(sources))
-    floor = argument(quantize, "scale_floor")
-    if floor > VULKAN_SCALE_FLOOR:
-        raise Refused(f"its activation's scales are at least {floor}, the runtime's less")
-    return argument(quantize, "x"), True
-
-
-def _linear_shape(editor: GraphEditor, node: Node, x: Node, dynamic: bool) -> LinearShape:
-    value = x.meta["val"]
-    sizes = [size if isinstance(size, int) else -1 for size in value.shape]
-    bias = argument(node, "bias")
-    needed = [argument(node, "w_packed"), argument(node, "w_scales")]
-    needed += [] if bias is None else [bias]
-    return LinearShape(
-        rank=value.dim(),
-        lead=tuple(sizes[:-2]),
-        tokens=sizes[-2] if len(sizes) > 1 else 1,
-        k=sizes[-1],
-        n=node.meta["val"].shape[-1],
-        group_size=argument(node, "group_size"),
-        symmetric=_all_zero(editor, argument(node, "w_zeros")),
-        constant=all(editor.constant(value) is not None for value in needed),
-        dtypes=(_dtype_name(x), _dtype_name(argument(node, "w_scales"))),
-        dynamic_activation=dynamic,
-    )
-
-
-def _dtype_name(node: Node) -> str:
-    return str(node.meta["val"].dtype).removeprefix("torch.")
+def _facts(linear: Operands) -> dict[str, Any]:
+    """What the legality table asks of a linear."""
+    value = linear.x.meta["val"]
+    dtype, scales = value.dtype, linear.scales.meta["val"].dtype
+    return {
+        "parameters": "constant",
+        "activation dtype": name_of(dtype),
+        "scales dtype": "that of the activation" if scales == dtype else name_of(scales),
+        "zero points": 0 if linear.zeros is None else "other than 0",
+        "rank": value.dim(),
+        "batch": next((size for size in value.shape[:-2] if size != 1), 1),
+        "K": linear.k,
+        "N": linear.n,
+        "group size": linear.group_size,
+    }
 
 
 def _all_zero(editor: GraphEditor, zeros: Any) -> bool:

@@ -20,6 +20,7 @@ LAYER = [
     "et_vk.apply_rotary_emb_hf.default",
     "sdpa_with_kv_cache.default",
     "aten.view_copy.default",
+    "aten.mul.Tensor",
     "torchao.choose_qparams_affine.default",
     "et_vk.linear_dq8ca_q4gsw.default",
     "aten.add.Tensor",
@@ -28,8 +29,7 @@ LAYER = [
     "et_vk.linear_dq8ca_q4gsw.default",
     *["aten.slice_copy.Tensor"] * 2,
     "aten.sigmoid.default",
-    "aten.mul.Tensor",
-    "aten.mul.Tensor",
+    *["aten.mul.Tensor"] * 3,
     "torchao.choose_qparams_affine.default",
     "et_vk.linear_dq8ca_q4gsw.default",
     "aten.add.Tensor",
@@ -113,9 +113,11 @@ def test_weights_keep_their_bytes(delegate: Delegate, decoder: Decoder) -> None:
     assert np.array_equal(values(delegate, first[3], np.uint8), merged.numpy())
 
 
-def test_scales_are_transposed(delegate: Delegate, decoder: Decoder) -> None:
+def test_scales_are_transposed_and_divided_by_the_activations_factor(
+    delegate: Delegate, decoder: Decoder
+) -> None:
     output = delegate.arguments("et_vk.linear_dq8ca_q4gsw.default")[1]
-    wanted = decoder.layers[0].o.scales.t().numpy()
+    wanted = (decoder.layers[0].o.scales.t() / 2.0**24).numpy()
     assert np.array_equal(values(delegate, output[5], np.float32), wanted)
 
 

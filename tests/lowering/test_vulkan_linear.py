@@ -37,6 +37,14 @@ class Branches(nn.Module):
         return torch.cat([linear(quantized) for linear in self.linears], dim=-1)
 
 
+class Foreign(Branches):
+    """The scales are not those that the values were quantized with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, scale, zero = fused.quantize_per_token(x)
+        return self.linears[0]((q, scale * 2, zero))
+
+
 class WeightOnly(Branches):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([linear.of_float(x) for linear in self.linears], dim=-1)
@@ -123,7 +131,8 @@ def test_scales_and_sums_are_transposed() -> None:
     (linear,) = calls(rewritten, "et_vk.linear_dq8ca_q4gsw")
     weights = torch.cat([unpack_int4(each.packed, 64) for each in module.linears])
     sums = weights.int().reshape(32, 2, 32).sum(-1).t()
-    scales = torch.cat([each.scales for each in module.linears]).t()
+    # The activation is multiplied by what the scales are divided by.
+    scales = torch.cat([each.scales for each in module.linears]).t() / 2.0**24
     assert constant(rewritten, linear.args[4]).dtype == torch.int32
     assert torch.equal(constant(rewritten, linear.args[4]), sums.int())
     assert torch.equal(constant(rewritten, linear.args[5]), scales)
@@ -177,41 +186,9 @@ def test_each_fused_weight_is_named() -> None:
 
 
 def test_declined_weights_are_named() -> None:
-    (declined,) = rewrite(Branches(64, (12,), 32), 64).declined
+    (declined,) = rewrite(Foreign(64, (8,), 32), 64).declined
     assert declined.weight == "linears.0.packed"
     assert declined.operator == "edgepass.linear_qta8a_qga4w"
-
-
-def test_reason_of_an_asymmetric_weight() -> None:
-    module = Branches(64, (8,), 32)
-    module.linears[0].zeros[3, 1] = 1
-    assert reason(module, 64) == "asymmetric weights: the runtime drops their zero points"
-
-
-def test_reason_of_a_batch() -> None:
-    assert reason(Branches(64, (8,), 32), 64, lead=(2,)) == "batch (2,) is not 1"
-
-
-def test_reason_of_a_long_group() -> None:
-    wanted = "group size 96 with quantized activations: 4 to 64 and 128 are right"
-    assert reason(Branches(192, (8,), 96), 192) == wanted
-
-
-def test_reason_of_outputs_that_are_not_a_multiple_of_eight() -> None:
-    assert reason(Branches(64, (12,), 32), 64) == "N=12 is not a multiple of 8"
-
-
-def test_reason_of_inputs_that_are_not_a_multiple_of_four() -> None:
-    assert reason(Branches(50, (8,), 50), 50) == "K=50 is not a multiple of 4"
-
-
-def test_reason_of_half_scales_beside_float_activations() -> None:
-    module = Branches(64, (8,), 32)
-    module.linears[0].scales = module.linears[0].scales.half()
-    wanted = (
-        "activation and scales are ('float32', 'float16'): both must be float32 or both float16"
-    )
-    assert reason(module, 64) == wanted
 
 
 def test_reason_of_a_scale_floor_above_the_runtimes() -> None:
@@ -224,23 +201,16 @@ def test_reason_of_a_scale_floor_above_the_runtimes() -> None:
 
 
 def test_reason_of_encodings_from_elsewhere() -> None:
-    class Foreign(Branches):
-        def forward(self, x: Tensor) -> Tensor:
-            q, scale, zero = fused.quantize_per_token(x)
-            return self.linears[0]((q, scale * 2, zero))
-
-    assert (
-        reason(Foreign(64, (8,), 32), 64) == "its activation is not quantized by quantize_per_token"
-    )
+    wanted = "its activation is not quantized by quantize_per_token"
+    assert reason(Foreign(64, (8,), 32), 64) == wanted
 
 
 def test_declined_linears_compute_the_same_outside() -> None:
-    module = Branches(64, (12, 8), 32, bias=True)
-    module.linears[1].zeros[3, 1] = 1
+    module = Foreign(64, (12,), 32, bias=True)
     program = export_tokens(module, 64)
     rewritten = rewrite_for_vulkan(program, merge=True, half=False)
     x = torch.randn(1, 6, 64)
-    assert len(rewritten.declined) == 2
+    assert len(rewritten.declined) == 1
     assert sqnr_db(EagerRun(rewritten)(x), EagerRun(program)(x)) > 110
 
 

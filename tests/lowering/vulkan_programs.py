@@ -1,8 +1,8 @@
 """Small programs of edgepass's operators, and an eager run of what is made of them for Vulkan.
 
 The run uses stock's CPU kernels of the runtime's operators, which are independent of edgepass, but
-for two: ``linear_dq8ca_q4gsw`` ignores there that activations are quantized, and
-``select_as_symint`` has none.
+for three: ``linear_dq8ca_q4gsw`` ignores there that activations are quantized,
+``choose_qparams_affine`` that the runtime raises small scales, and ``select_as_symint`` has none.
 """
 
 import math
@@ -160,8 +160,19 @@ class EagerRun(torch.fx.Interpreter):
         replaced = {
             torch.ops.et_vk.select_as_symint.default: lambda x, dim, index: int(x[index]),
             torch.ops.et_vk.linear_dq8ca_q4gsw.default: dynamic_linear,
+            torch.ops.torchao.choose_qparams_affine.default: choose_encodings,
         }
         return super().call_function(replaced.get(target, target), args, kwargs)
+
+
+def choose_encodings(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``choose_qparams_affine`` as the runtime computes it, which flushes scales below 6.1e-5."""
+    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, 0.1, scale)
+    raised = scale.clamp(min=6.1e-5)
+    zero = -128 - (low / scale).round()
+    return raised, zero.clamp(-128, 127).to(torch.int8)
 
 
 def dynamic_linear(

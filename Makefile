@@ -10,7 +10,7 @@ comma := ,
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 TYPES := build/types/edgepass
-ROOMS := calibration lowering models ops passes
+ROOMS := calibration lowering models ops passes simulator
 SOURCES := edgepass $(ROOMS) benchmarks tests
 
 .PHONY: help demo test test-all check format types clean

@@ -13,15 +13,26 @@ _HOMES = {
     "explain": "edgepass.api",
     "load_model": "edgepass.models.load",
     "quantize_model": "edgepass.calibration.recipes",
+    "simulate": "edgepass.simulator.simulate",
+    "SimulatedProgram": "edgepass.simulator.simulate",
     "EdgepassError": "edgepass.ops.errors",
 }
-__all__ = ["EdgepassError", "explain", "load_model", "lower", "quantize_model"]
+__all__ = [
+    "EdgepassError",
+    "SimulatedProgram",
+    "explain",
+    "load_model",
+    "lower",
+    "quantize_model",
+    "simulate",
+]
 
 if TYPE_CHECKING:
     from edgepass.api import explain, lower
     from edgepass.calibration.recipes import quantize_model
     from edgepass.models.load import load_model
     from edgepass.ops.errors import EdgepassError
+    from edgepass.simulator.simulate import SimulatedProgram, simulate
 
 
 def __getattr__(name: str) -> Any:

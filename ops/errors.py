@@ -45,3 +45,9 @@ class OutputError(EdgepassError):
     """The output cannot be written."""
 
     code = "output"
+
+
+class SimulatorError(EdgepassError):
+    """The simulator does not know an operator, or the device's runtime would end the process."""
+
+    code = "simulator"

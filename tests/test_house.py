@@ -21,7 +21,8 @@ BELOW = {
     "passes": {"ops"},
     "calibration": {"ops", "passes"},
     "lowering": {"ops", "models", "passes", "calibration"},
-    "edgepass": {"ops", "models", "passes", "calibration", "lowering"},
+    "simulator": {"ops", "models", "passes", "calibration"},
+    "edgepass": {"ops", "models", "passes", "calibration", "lowering", "simulator"},
 }
 BACKENDS = {"vulkan": "vulkan", "xnnpack": "xnnpack", "qnn": "qualcomm"}
 MAX_LINES = 450

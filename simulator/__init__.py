@@ -1,0 +1,1 @@
+"""The Vulkan runtime's arithmetic on the CPU, from the bytes of a ``.pte``."""

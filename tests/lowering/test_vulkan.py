@@ -113,9 +113,7 @@ def test_weights_keep_their_bytes(delegate: Delegate, decoder: Decoder) -> None:
     assert np.array_equal(values(delegate, first[3], np.uint8), merged.numpy())
 
 
-def test_scales_are_transposed_and_divided_by_the_activations_factor(
-    delegate: Delegate, decoder: Decoder
-) -> None:
+def test_scales_are_transposed_and_lowered(delegate: Delegate, decoder: Decoder) -> None:
     output = delegate.arguments("et_vk.linear_dq8ca_q4gsw.default")[1]
     wanted = (decoder.layers[0].o.scales.t() / 2.0**24).numpy()
     assert np.array_equal(values(delegate, output[5], np.float32), wanted)

@@ -19,6 +19,9 @@ from edgepass.passes.program import WorkingProgram
 # re-trace of a later pass copies that chain and makes it longer (2 of 24 s at 8 layers).
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "custom")
 
+# In a node's `custom`: it stays outside every delegate. No new node takes that over from another.
+OUTSIDE = "edgepass_outside_vulkan"
+
 
 class GraphEditor:
     """Adds calls and constants to a :class:`WorkingProgram`, each with its fake value."""
@@ -78,6 +81,8 @@ class GraphEditor:
         """
         node = self.graph.call_function(target, args)
         node.meta = {key: like.meta[key] for key in _PROVENANCE if key in like.meta}
+        if node.meta.get("custom"):
+            node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k != OUTSIDE}
         node.meta["val"] = self.evaluate(target, args) if val is None else val
         bindings = compute_unbacked_bindings(self.fake_mode.shape_env, node.meta["val"])
         if bindings:

@@ -21,6 +21,7 @@ from torch.fx import Node
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 
 from edgepass.lowering.vulkan_backend import EdgepassVulkanBackend
+from edgepass.lowering.vulkan_operators import has_operator
 from edgepass.lowering.vulkan_plain import is_outside
 
 _edge = exir_ops.edge
@@ -67,7 +68,11 @@ class RightOnVulkan(VulkanSupportedOperators):
 
     def is_node_supported(self, submodules: Mapping[str, Any], node: Node) -> bool:
         """Tell whether a delegate may hold ``node``."""
-        if is_outside(node) or _is_wrong(node) or (_has_symbols(node) and not self.symbols):
+        if node.op != "call_function" or not has_operator(node.target.__name__):
+            return False
+        if is_outside(node) or _is_wrong(node):
+            return False
+        if _has_symbols(node) and not self.symbols:
             return False
         return node.target in _ACCEPTED or super().is_node_supported(submodules, node)
 

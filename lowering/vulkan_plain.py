@@ -15,22 +15,20 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from edgepass.lowering.vulkan_graph import GraphEditor
+from edgepass.lowering.vulkan_graph import OUTSIDE, GraphEditor
 from edgepass.ops.packing import dequantize_groups, unpack_int4
 from edgepass.passes.targets import argument, is_call, operator_name
-
-_MARK = "edgepass_outside_vulkan"
 
 
 def mark_outside(node: Node) -> None:
     """Keep a node, and what it is decomposed to, outside every delegate."""
     # `custom` is the one key of a node's meta that decompositions and re-tracing passes hand on.
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), _MARK: True}
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), OUTSIDE: True}
 
 
 def is_outside(node: Node) -> bool:
     """Tell whether :func:`mark_outside` was called for a node or for its origin."""
-    return bool((node.meta.get("custom") or {}).get(_MARK))
+    return bool((node.meta.get("custom") or {}).get(OUTSIDE))
 
 
 def rewrite_plainly(editor: GraphEditor) -> None:
@@ -40,9 +38,15 @@ def rewrite_plainly(editor: GraphEditor) -> None:
             mark_outside(node)
         prepare = _FORMS.get(operator_name(node.target)) if node.op == "call_function" else None
         if prepare is not None:
-            form, inputs = prepare(editor, node)
-            with editor.graph.inserting_before(node):
-                _replace(editor, node, _trace_into(editor, node, form, inputs))
+            put_plain_form(editor, node, *prepare(editor, node))
+
+
+def put_plain_form(
+    editor: GraphEditor, node: Node, form: Callable[..., Any], inputs: list[Any]
+) -> None:
+    """Put ``form``, traced on ``inputs``, in the place of ``node``, marked to stay outside."""
+    with editor.graph.inserting_before(node):
+        _replace(editor, node, _trace_into(editor, node, form, inputs))
 
 
 def _trace_into(
@@ -58,13 +62,21 @@ def _trace_into(
     for source in traced.graph.nodes:
         if source.op != "call_function":
             continue
-        args = torch.fx.node.map_arg(source.args, lambda n: copies[n])
+        args = torch.fx.node.map_arg(_with_inferred_size(source), lambda n: copies[n])
         kwargs = torch.fx.node.map_arg(source.kwargs, lambda n: copies[n])
         new = editor.call(source.target, *args, like=node, val=source.meta["val"])
         new.kwargs = kwargs
         mark_outside(new)
         copies[source] = new
     return torch.fx.node.map_arg(traced.graph.output_node().args[0], lambda n: copies[n])
+
+
+def _with_inferred_size(node: Node) -> Any:
+    """The arguments of a traced call; a view infers its one dynamic size instead of naming it."""
+    if node.target is not torch.ops.aten.view.default:
+        return node.args
+    x, sizes = node.args
+    return x, [size if isinstance(size, (int, Node)) else -1 for size in sizes]
 
 
 def _replace(editor: GraphEditor, node: Node, result: Any) -> None:

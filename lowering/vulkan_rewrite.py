@@ -9,12 +9,14 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from edgepass.lowering.vulkan_attention import AttentionLowering
+from edgepass.lowering.vulkan_bfloat16 import widen_bfloat16
 from edgepass.lowering.vulkan_declined import Declined, Fused, Refused
 from edgepass.lowering.vulkan_edge import has_direct_form
 from edgepass.lowering.vulkan_graph import GraphEditor
 from edgepass.lowering.vulkan_linear import LinearLowering
 from edgepass.lowering.vulkan_plain import rewrite_plainly
 from edgepass.lowering.vulkan_shapes import settle_shapes
+from edgepass.lowering.vulkan_unfused import rewrite_unfused
 from edgepass.passes.program import WorkingProgram
 from edgepass.passes.targets import argument, is_call
 
@@ -39,6 +41,8 @@ def rewrite_for_vulkan(program: ExportedProgram, *, merge: bool, half: bool) -> 
     plain aten, marked to stay outside, and is listed with its reason.
     """
     editor = GraphEditor(WorkingProgram(program))
+    widen_bfloat16(editor)
+    rewrite_unfused(editor)
     attention = AttentionLowering(editor)
     attention.run()
     linears = LinearLowering(editor, merge=merge, half=half)

@@ -197,6 +197,15 @@ class WorkingProgram:
             node = self._derived[key] = self.add_constant(qualified_name, compute(), like)
         return node
 
+    def replace_constant(self, node: Node, tensor: torch.Tensor) -> None:
+        """Give a constant another content, as of another dtype; the user's tensor stays."""
+        target = self._target(node)
+        table = self._state if target in self._state else self._constants
+        wrapped = isinstance(table[target], torch.nn.Parameter)
+        tensor = tensor.detach()
+        table[target] = torch.nn.Parameter(tensor, requires_grad=False) if wrapped else tensor
+        node.meta["val"] = self._fake(tensor)
+
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._fake_mode is None:
             return tensor

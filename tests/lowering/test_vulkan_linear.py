@@ -12,6 +12,7 @@ from edgepass.passes.targets import is_call
 from tests.lowering.vulkan_programs import (
     Decoder,
     EagerRun,
+    ForeignLinear,
     Mlp,
     QuantizedLinear,
     export_decoder,
@@ -38,11 +39,9 @@ class Branches(nn.Module):
 
 
 class Foreign(Branches):
-    """The scales are not those that the values were quantized with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale, zero = fused.quantize_per_token(x)
-        return self.linears[0]((q, scale * 2, zero))
+    def __init__(self, k: int, outputs: tuple[int, ...], group_size: int, bias: bool = False):
+        super().__init__(k, outputs, group_size, bias)
+        self.linears = nn.ModuleList(ForeignLinear(k, n, group_size, bias) for n in outputs)
 
 
 class WeightOnly(Branches):

@@ -8,6 +8,7 @@ from edgepass.lowering.vulkan import VulkanProgram, lower_vulkan
 from tests.lowering.vulkan_files import delegates
 from tests.lowering.vulkan_programs import (
     Decoder,
+    ForeignLinear,
     Mlp,
     QuantizedLinear,
     export_decoder,
@@ -55,7 +56,7 @@ def test_an_operator_that_stock_supports_is_inside() -> None:
 
 def test_a_declined_linear_is_outside_and_the_rest_inside() -> None:
     module = Mlp()
-    module.second.zeros[0, 0] = 1
+    module.second = ForeignLinear(96, 64, 32, bias=True)
     lowered = lower_vulkan(export_tokens(module, 64))
     assert report.delegates(lowered.manager) == {"forward": 1}
     assert outside(lowered)["aten::addmm"] == 1
@@ -64,7 +65,7 @@ def test_a_declined_linear_is_outside_and_the_rest_inside() -> None:
 
 def test_each_delegate_reads_the_position_itself() -> None:
     decoder = Decoder(layers=2)
-    decoder.layers[0].o.zeros[0, 0] = 1
+    decoder.layers[0].o = ForeignLinear(64, 64)
     lowered = lower_vulkan(export_decoder(decoder))
     found = delegates(lowered.buffer)
     assert len(found) == 2

@@ -25,10 +25,11 @@ from edgepass.lowering.vulkan_operators import has_operator
 from edgepass.lowering.vulkan_plain import is_outside
 
 _edge = exir_ops.edge
+_POSITION = _edge.et_vk.select_as_symint.default
 # Stock applies the float dtypes of these to every argument, and so refuses packed weights.
 _ACCEPTED = frozenset(
     {
-        _edge.et_vk.select_as_symint.default,
+        _POSITION,
         _edge.et_vk.linear_q4gsw.default,
         _edge.et_vk.linear_dq8ca_q4gsw.default,
     }
@@ -68,13 +69,19 @@ class RightOnVulkan(VulkanSupportedOperators):
 
     def is_node_supported(self, submodules: Mapping[str, Any], node: Node) -> bool:
         """Tell whether a delegate may hold ``node``."""
-        if node.op != "call_function" or not has_operator(node.target.__name__):
+        if node.op != "call_function" or not has_operator(_operator(node)):
             return False
         if is_outside(node) or _is_wrong(node):
             return False
         if _has_symbols(node) and not self.symbols:
             return False
         return node.target in _ACCEPTED or super().is_node_supported(submodules, node)
+
+
+def _operator(node: Node) -> str:
+    """The name of what a call computes, looking into operators that were made functional."""
+    name = node.target.__name__
+    return node.args[0].__name__ if name.startswith("auto_functionalized") else name
 
 
 def _calls(program: ExportedProgram) -> list[Node]:
@@ -105,8 +112,7 @@ def _leaks_symbol(group: list[Node]) -> bool:
 
 def _has_symbols(node: Node) -> bool:
     sources = [node, *node.all_input_nodes]
-    own_position = _edge.et_vk.select_as_symint.default
-    return any(_is_symbol(source) and source.target != own_position for source in sources)
+    return any(_is_symbol(source) and source.target != _POSITION for source in sources)
 
 
 def _is_symbol(node: Node) -> bool:

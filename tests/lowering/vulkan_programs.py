@@ -44,11 +44,11 @@ class QuantizedLinear(nn.Module):
 
 
 class ForeignLinear(QuantizedLinear):
-    """A linear that no runtime takes: its scales are not those that quantized its activation."""
+    """A linear that is not taken: its zero points are another tensor than the activation's."""
 
     def forward(self, quantized: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         q, scale, zero = quantized
-        return super().forward((q, scale * 2, zero))
+        return super().forward((q, scale, zero.to(torch.int32)))
 
 
 class DecoderLayer(nn.Module):

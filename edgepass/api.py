@@ -8,11 +8,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from edgepass.calibration.recipes import find_recipe, quantize_model
+from edgepass.lowering.explain import explain_for_backend
 from edgepass.lowering.lower import BACKENDS, DTYPES, LoweredProgram, check_choice
 from edgepass.lowering.lower import lower as lower_program
 from edgepass.models.decoder import StaticCacheDecoder, export_decoder
 from edgepass.models.load import load_model
-from edgepass.passes.explain_linears import explain_linears
 from edgepass.passes.pipelines import fusion_pipeline
 from edgepass.passes.program import WorkingProgram
 
@@ -81,11 +81,12 @@ def export_quantized(
 
 
 def explain(program: ExportedProgram, backend: str) -> list[dict[str, Any]]:
-    """For each linear of ``program``: its ``name``, whether it is ``fused``, and the ``reason``."""
+    """For each linear of ``program`` what ``backend`` makes of it, without lowering.
+
+    A row has its ``name``, whether it is ``fused``, ``how`` it is computed, else the first
+    ``reason`` why not and the ``node`` that decides it.
+    """
     check_choice("backend", backend, BACKENDS)
     working = WorkingProgram(program)
     fusion_pipeline().apply(working)
-    return [
-        {"name": row.name, "fused": row.fused, "reason": row.reason}
-        for row in explain_linears(working)
-    ]
+    return explain_for_backend(working, backend)

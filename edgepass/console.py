@@ -88,5 +88,6 @@ def print_speed(result: dict[str, Any]) -> None:
 def print_linears(rows: list[dict[str, Any]]) -> None:
     """Print each linear with its fate, and the count."""
     for row in rows:
-        print(f"{row['name']}: {'fused' if row['fused'] else row['reason']}")
+        why_not = f"not fused: {row['reason']} (at {row['node']})"
+        print(f"{row['name']}: {row['how'] if row['fused'] else why_not}")
     print(f"{sum(row['fused'] for row in rows)} of {len(rows)} linears fused")

@@ -111,7 +111,7 @@ def test_explain_names_each_linear(command, checkpoint: Path) -> None:
     rows = json.loads(printed)["linears"]
     assert code == 0
     assert len(rows) == 15
-    assert all(row.keys() == {"name", "fused", "reason"} for row in rows)
+    assert all(row.keys() == {"name", "fused", "how", "reason", "node"} for row in rows)
     assert all(row["fused"] for row in rows)
 
 

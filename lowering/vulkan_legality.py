@@ -84,8 +84,8 @@ def _row(operator: str, quantity: str, accepted: Condition, reason: str) -> Row:
 DYNAMIC, WEIGHT_ONLY = "et_vk.linear_dq8ca_q4gsw", "et_vk.linear_q4gsw"
 CHOOSE, EMBEDDING = "torchao.choose_qparams_affine", "et_vk.embedding_q4gsw"
 NORM, ROTARY = "et_vk.rms_norm", "et_vk.apply_rotary_emb_hf"
-ATTENTION, LINEAR = "llama.sdpa_with_kv_cache", "aten.linear"
-PAD, SLICE, VIEW = "aten.constant_pad_nd", "aten.slice_copy", "aten.view_copy"
+ATTENTION, VIEW, SPLIT = "llama.sdpa_with_kv_cache", "aten.view_copy", "aten.split_with_sizes_copy"
+GELU, SQUEEZE = "aten.gelu", "aten.squeeze_copy"
 
 _PARAMETERS = "the runtime packs weights when it loads, so they must be constants"
 _DTYPES = "the shader reads the scales in the output's dtype: other scales are misread, 0 dB"
@@ -167,6 +167,16 @@ TABLE: tuple[Row, ...] = (
         *(ATTENTION, "position", Untested("so that position and tokens stay within the cache")),
         "no bounds are checked",
     ),
+    _row(
+        *(VIEW, "dynamic sizes", OneOf((0, 1))),
+        "one is inferred from the others; a symbol would have to be computed on the device",
+    ),
+    _row(
+        *(SPLIT, "dynamic sizes", OneOf((0,))),
+        "outputs are never resized, garbage: aten.slice_copy takes its place",
+    ),
+    _row(GELU, "approximate", OneOf(("tanh",)), "the runtime has no other form"),
+    _row(SQUEEZE, "dimensions", Untested("other than 0"), "the first is not resized"),
 )
 
 

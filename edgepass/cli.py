@@ -1,4 +1,4 @@
-"""The command line: ``edgepass lower | run | eval | explain``.
+"""The command line: ``edgepass lower | run | eval | simulate | explain``.
 
 What needs torch is imported inside the commands, so that ``--help`` is quick.
 """
@@ -114,6 +114,7 @@ def run(
     from edgepass.models.load import load_tokenizer
 
     decoder, tokenizer = LoweredDecoder(folder), load_tokenizer(folder)
+    console.tell_simulated(decoder.simulated)
     tell = None if as_json else console.Typewriter(prompt)
     result = vars(generate(decoder, tokenizer, prompt, max_new_tokens, on_text=tell))
     console.show(result, as_json, lambda: console.print_speed(result))
@@ -145,6 +146,7 @@ def evaluate(
             )
         if folder is not None:
             subject = Subject.of_folder(folder, context)
+            console.tell_simulated(subject.simulated)
         else:
             subject = Subject.of_model(
                 str(model), context, recipe, group_size, layers, trust_remote_code
@@ -152,6 +154,29 @@ def evaluate(
         result = subject.perplexity(text, context, max_tokens, partial(progress, "window"))
     shown = f"perplexity {result.perplexity:.4f} over {result.tokens} tokens"
     console.show(vars(result), as_json, lambda: print(shown))
+
+
+@app.command()
+def simulate(
+    file: Annotated[Path, typer.Argument(help="A .pte with a Vulkan delegate.")],
+    method: Annotated[str, typer.Option(help="The method to look at.")] = "forward",
+    inputs: Annotated[
+        Path | None, typer.Option(help="Run it on the arrays of this .npz, in their order.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write its outputs into this .npz.")] = None,
+    ops: Annotated[bool, typer.Option("--ops", help="List the delegates' calls in order.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List what a Vulkan program holds and where its memory goes; run it on the CPU if asked."""
+    from edgepass import simulation
+
+    program = simulation.load(file, method)
+    listed = simulation.describe(program, method, ops)
+    if inputs is not None:
+        listed["results"] = simulation.run(program, method, inputs, out)
+    elif out is not None:
+        simulation.refuse_out_alone(out)
+    console.show(listed, as_json, lambda: console.print_inventory(listed))
 
 
 @app.command()

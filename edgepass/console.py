@@ -85,6 +85,52 @@ def print_speed(result: dict[str, Any]) -> None:
         print(f"{phase}: {result[f'{phase}_tokens_per_second']:.1f} tokens per second")
 
 
+def tell_simulated(simulated: bool) -> None:
+    """Say on standard error that the device's runtime is simulated, if it is."""
+    if simulated:
+        print("edgepass: simulated on the CPU", file=sys.stderr, flush=True)
+
+
+def print_inventory(listed: dict[str, Any]) -> None:
+    """Print what a Vulkan program holds, as tables."""
+    console = Console()
+    for side in ("inputs", "outputs"):
+        for place, value in enumerate(listed[side]):
+            console.print(f"{side[:-1]} {place}: {value['dtype']} {_sizes(value)}")
+    for number, delegate in enumerate(listed["delegates"]):
+        title = f"delegate {number}"
+        console.print(_counts(f"{title}: operators", "calls", delegate["operators"]))
+        console.print(_constants(f"{title}: constants", delegate["constants"]))
+        for place, name in enumerate(delegate.get("calls", ())):
+            console.print(f"{place}: {name}")
+    if listed["outside"]:
+        console.print(_counts("outside the delegates", "calls", listed["outside"]))
+    console.print(_counts("memory", "bytes", listed["memory"]))
+    for place, value in enumerate(listed.get("results", ())):
+        console.print(f"result {place}: {value['dtype']} {value['shape']} {value['values']}")
+
+
+def _sizes(value: dict[str, Any]) -> str:
+    return f"{'at most ' if value['dynamic'] else ''}{value['shape']}"
+
+
+def _counts(title: str, unit: str, counts: dict[str, int]) -> Table:
+    table = Table(title=title)
+    table.add_column("")
+    table.add_column(unit, justify="right")
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
+    return table
+
+
+def _constants(title: str, entries: list[dict[str, Any]]) -> Table:
+    table = Table("role", "dtype", "shape", "bytes", "uses", title=title)
+    for entry in entries:
+        row = [entry[key] for key in ("role", "dtype", "shape", "nbytes", "uses")]
+        table.add_row(*map(str, row))
+    return table
+
+
 def print_linears(rows: list[dict[str, Any]]) -> None:
     """Print each linear with its fate, and the count."""
     for row in rows:

@@ -24,17 +24,18 @@ from edgepass.perplexity import (
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that predicts tokens."""
+    """Something that predicts tokens; ``simulated`` if by the simulator of a device's runtime."""
 
     tokenizer: Any
     window_logits: WindowLogits
+    simulated: bool = False
 
     @staticmethod
     def of_folder(folder: Path, context: int) -> Subject:
         """Load a folder that `lower` wrote. Raises InvalidArgumentError beyond its context."""
         decoder = LoweredDecoder(folder)
         _check_context(context, decoder.context)
-        return Subject(load_tokenizer(folder), of_program(decoder))
+        return Subject(load_tokenizer(folder), of_program(decoder), decoder.simulated)
 
     @staticmethod
     def of_model(

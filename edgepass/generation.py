@@ -19,13 +19,16 @@ from edgepass.ops.errors import InvalidArgumentError, ProgramError
 # Larger chunks gain nothing on a CPU and hold larger score matrices.
 PREFILL_CHUNK = 128
 HOST_BACKENDS = ("xnnpack",)
+# These run on the CPU in edgepass's simulator of the device's runtime.
+SIMULATED_BACKENDS = ("vulkan",)
 
 
 class LoweredDecoder:
     """The program of an output folder (``model.pte``, ``report.json``, tokenizer), loaded.
 
-    Attributes: ``report`` (the parsed ``report.json``), ``context`` (tokens that the cache holds)
-    and ``vocabulary`` (number of token ids).
+    Attributes: ``report`` (the parsed ``report.json``), ``context`` (tokens that the cache holds),
+    ``vocabulary`` (number of token ids) and ``simulated`` (a program for Vulkan, run by
+    ``edgepass.simulator``).
 
     Raises ProgramError for a folder without a readable program, one that is no decoder, or one
     whose program needs a device that this host does not have.
@@ -35,14 +38,17 @@ class LoweredDecoder:
         self.folder = Path(folder)
         self.report = _read_report(self.folder)
         backend = self.report.get("backend")
-        if backend not in HOST_BACKENDS:
+        self.simulated = backend in SIMULATED_BACKENDS
+        if not self.simulated and backend not in HOST_BACKENDS:
+            accepted = ", ".join((*HOST_BACKENDS, *SIMULATED_BACKENDS))
             raise ProgramError(
                 f"cannot run on this host: got {self.folder} with backend={backend}, which needs a "
-                f"device; accepted are programs for {', '.join(HOST_BACKENDS)}"
+                f"device; accepted are programs for {accepted}"
             )
         self.context = self._fact("context")
         self.vocabulary = self._fact("vocabulary")
-        self._program, self._method = _load(self.folder / "model.pte")
+        load = _load_simulated if self.simulated else _load
+        self._run = load(self.folder / "model.pte")
 
     def __call__(self, tokens: list[int], position: int) -> torch.Tensor:
         """Run ``tokens``, the first of them at ``position``; at most ``context - 1`` at once.
@@ -64,7 +70,7 @@ class LoweredDecoder:
                 f"{self.vocabulary - 1}"
             )
         inputs = [torch.tensor([tokens]), torch.tensor([position])]
-        return self._method.execute(inputs)[0].reshape(-1)
+        return self._run(inputs)[0].reshape(-1)
 
     def prefill(self, tokens: list[int], chunk: int = PREFILL_CHUNK) -> torch.Tensor:
         """Run ``tokens``, which begin a text, ``chunk`` at a time: logits as of ``__call__``."""
@@ -179,7 +185,7 @@ def _read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def _load(path: Path) -> tuple[Any, Any]:
+def _load(path: Path) -> Callable[[list[torch.Tensor]], Any]:
     # These bring the operators that run outside the delegates.
     import executorch.kernels.quantized  # noqa: F401
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
@@ -190,13 +196,26 @@ def _load(path: Path) -> tuple[Any, Any]:
     try:
         with _quiet_runtime():
             program = Runtime.get().load_program(path)
-            # The method points into the program: both must live.
-            return program, program.load_method("forward")
+            method = program.load_method("forward")
     except RuntimeError as error:
         raise ProgramError(
             f"truncated or foreign file: got {path}, which the runtime cannot load ({error}); "
             "accepted are .pte files that `lower` wrote"
         ) from error
+
+    def run(inputs: list[torch.Tensor], _program: Any = program) -> Any:
+        # The method points into the program: both must live.
+        return method.execute(inputs)
+
+    return run
+
+
+def _load_simulated(path: Path) -> Callable[[list[torch.Tensor]], Any]:
+    from edgepass.simulator.simulate import SimulatedProgram
+
+    program = SimulatedProgram(path)
+    program.method()  # what cannot be run is told when it is loaded
+    return program.run
 
 
 @contextmanager

@@ -50,6 +50,8 @@ class TensorValue:
 
     ``dtype`` is what the device holds, ``staging`` what crosses the delegate's border.
     ``is_buffer``: it lies in a buffer, not in an image (in which half values load as float).
+    ``memory``: tensors of the same number share bytes, each being dead while another lives; -1 has
+    bytes of its own.
     """
 
     dtype: torch.dtype
@@ -57,6 +59,7 @@ class TensorValue:
     shape: tuple[int, ...]
     constant: Constant | None
     is_buffer: bool
+    memory: int = -1
 
     @property
     def nbytes(self) -> int:
@@ -201,7 +204,8 @@ class _GraphReader:
         shape = tuple(int(size) for size in (record.dims if record.dims is not None else ()))
         dtype = DTYPES[record.datatype]
         constant = self._constant(record.constant_id) if record.constant_id >= 0 else None
-        value = TensorValue(dtype, DTYPES[staging], shape, constant, record.storage_type == BUFFER)
+        is_buffer = record.storage_type == BUFFER
+        value = TensorValue(dtype, DTYPES[staging], shape, constant, is_buffer, record.mem_obj_id)
         if constant is not None and value.nbytes > len(constant.data):
             raise _damaged(
                 f"a constant of shape={list(shape)} needs {value.nbytes} bytes, got "

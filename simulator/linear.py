@@ -48,15 +48,16 @@ class Weight:
 
         ``whole_groups``: columns behind the last whole group are left out.
         """
-        groups = -(-self.columns // (4 * steps))
-        weight = torch.zeros(self.features, groups * 4 * steps)
-        weight[:, : self.columns] = self.values
-        weight = weight.unflatten(1, (groups, 4 * steps))
-        weight = weight * self.group_scales(groups).t().unsqueeze(2)
-        weight = weight.flatten(1)[:, : self.columns]
+        width = 4 * steps
+        groups = -(-self.columns // width)
+        values = self.values
+        if groups * width > self.columns:
+            values = torch.nn.functional.pad(values, (0, groups * width - self.columns))
+        scales = self.group_scales(groups).t().unsqueeze(2)
+        weight = (values.unflatten(1, (groups, width)) * scales).flatten(1)
         if whole_groups:
-            weight[:, self.columns // (4 * steps) * 4 * steps :] = 0
-        return weight.contiguous()
+            weight[:, self.columns // width * width :] = 0
+        return weight[:, : self.columns].contiguous()
 
     def group_scales(self, groups: int) -> Tensor:
         """Scales float32 ``[groups, N]``, read at the width of the features in fours."""
@@ -127,7 +128,7 @@ class DynamicLinear:
     def _drift(self, weight: Weight, sums: Tensor) -> Tensor | None:
         """What a zero point of 1 adds to each output ``[N]`` beyond the weight's true sums."""
         covered = weight.values[:, : self.groups * 4 * self.steps]
-        true = covered.unflatten(1, (self.groups, -1)).sum(2, dtype=torch.int32).t()
+        true = covered.unflatten(1, (self.groups, 4 * self.steps)).sum(2, dtype=torch.int32).t()
         read = read_flat(sums.to(torch.int32), self.groups, weight.features)
         difference = read - true
         return (self.scales * difference).sum(0) if difference.any() else None

@@ -49,20 +49,22 @@ def choose_qparams(rows: Tensor, least: int = -128, most: int = 127) -> tuple[Te
     """Encode float32 ``[M, K]`` per row: scale float32 ``[M]``, zero point int32 ``[M]``."""
     low, high = rows.amin(1).clamp(max=0.0), rows.amax(1).clamp(min=0.0)
     scale = (high - low) / float(most - least)
+    if bool((scale < VULKAN_SCALE_FLOOR).any()):
+        low, high, scale = _grown(low, high, scale, most - least)
+    return scale, _zero_point(low / scale, high / scale, least, most)
+
+
+def _grown(low: Tensor, high: Tensor, scale: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Let ranges that are too small grow to all steps of the floor: about zero, or from it."""
     scale = torch.where(scale < _LEAST_INVERTIBLE, _SCALE_OF_ZEROS, scale)
     floor = torch.tensor(VULKAN_SCALE_FLOOR)
-    small, steps = scale < floor, floor * float(most - least)
-    one_sided = (low == 0) | (high == 0)
-    # A range that is too small grows to 255 steps of the floor: about zero, or from it.
-    low, high = (
-        torch.where(small, torch.where(one_sided, far, end * (floor / scale)), end)
-        for end, far in (
-            (low, torch.where(low == 0, low, -steps)),
-            (high, torch.where(low == 0, steps, high)),
-        )
-    )
-    scale = torch.where(small, floor, scale)
-    return scale, _zero_point(low / scale, high / scale, least, most)
+    small, width = scale < floor, floor * float(steps)
+    two_sided = small & (low != 0) & (high != 0)
+    from_zero, to_zero = small & (low == 0), small & (low != 0) & (high == 0)
+    grown = floor / scale
+    low = torch.where(two_sided, low * grown, torch.where(to_zero, -width, low))
+    high = torch.where(two_sided, high * grown, torch.where(from_zero, width, high))
+    return low, high, torch.where(small, floor, scale)
 
 
 def _zero_point(low: Tensor, high: Tensor, least: int, most: int) -> Tensor:

@@ -156,7 +156,7 @@ def changed_folder(lowered, folder: Path, **report) -> Path:
 @pytest.mark.parametrize(
     ("report", "message"),
     [
-        ({"backend": "vulkan"}, "backend=vulkan, which needs a device; accepted are .* xnnpack"),
+        ({"backend": "qnn"}, "backend=qnn, which needs a device; accepted are .* xnnpack, vulkan"),
         ({"backend": None}, "backend=None"),
         ({"context": None}, "context=None"),
         ({"vocabulary": "many"}, "vocabulary=many"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgepass.calibration.recipes import find_recipe, quantize_model
+from edgepass.device_check import add_device_check, decoder_samples
 from edgepass.lowering.explain import explain_for_backend
 from edgepass.lowering.lower import BACKENDS, DTYPES, LoweredProgram, check_choice
 from edgepass.lowering.lower import lower as lower_program
@@ -38,20 +41,29 @@ def lower(
     recipe: str = "8da4w",
     group_size: int = 32,
     context: int = 1024,
+    check: bool = False,
     **options: Any,
 ) -> LoweredProgram:
     """Lower a ``transformers`` causal language model, or any exported program.
 
     An ExportedProgram is taken as it is (``recipe``, ``group_size`` and ``context`` do not apply).
     A model is quantized in place by ``recipe``, given a KV cache of ``context`` tokens and
-    exported. ``options`` are those of ``edgepass.lowering.lower.lower``.
+    exported. ``check`` runs the finished program on the host and reports how near it comes to the
+    eager fused program and to the unquantized model (``report["numerics"]``): on ``sample_inputs``
+    if these are given, else the program's examples, or a few random tokens. ``options`` are those
+    of ``edgepass.lowering.lower.lower``.
 
     Returns the result with ``.buffer``, ``.report`` and ``.save(folder)``. Raises an
     ``EdgepassError`` that names what is wrong and what would be accepted.
     """
     check_choice("backend", backend, BACKENDS)
     if isinstance(model, ExportedProgram) or not isinstance(model, nn.Module):
-        return lower_program(model, backend=backend, **options)
+        lowered = lower_program(model, backend=backend, **options)
+        if check:
+            samples = options.get("sample_inputs")
+            add_device_check(lowered, _examples(model) if samples is None else samples)
+        return lowered
+    samples, unquantized = _decoder_check(model, context, options) if check else ((), None)
     program = export_quantized(model, recipe, group_size, context)
     config: Any = model.config
     facts = {
@@ -61,7 +73,26 @@ def lower(
         "layers": int(config.num_hidden_layers),
         "end_tokens": _end_tokens(model),
     }
-    return lower_program(program, backend=backend, recipe=recipe, facts=facts, **options)
+    lowered = lower_program(program, backend=backend, recipe=recipe, facts=facts, **options)
+    if check:
+        add_device_check(lowered, samples, unquantized)
+    return lowered
+
+
+def _examples(program: Any) -> Sequence[Any]:
+    args, kwargs = getattr(program, "example_inputs", None) or ((), {})
+    return (*args, *kwargs.values())
+
+
+def _decoder_check(
+    model: Any, context: int, options: dict[str, Any]
+) -> tuple[Sequence[Any], list[Tensor]]:
+    """Sample inputs, and what the model gives for them before it is quantized."""
+    samples = options.get("sample_inputs")
+    if samples is None:
+        samples = decoder_samples(int(model.config.vocab_size), context)
+    with torch.no_grad():
+        return samples, [StaticCacheDecoder(model, context)(*samples)]
 
 
 def _end_tokens(model: Any) -> list[int]:

@@ -74,6 +74,9 @@ def lower(
     context: Annotated[int, typer.Option(help="Tokens that the KV cache holds.")] = 1024,
     dtype: Annotated[str, typer.Option(help="fp32, or fp16 for vulkan.")] = "fp32",
     layers: Layers = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run the program on this host and report its accuracy.")
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -94,6 +97,7 @@ def lower(
             group_size=group_size,
             context=context,
             dtype=dtype,
+            check=check,
             model_name=model,
             progress=progress,
         )

@@ -61,6 +61,9 @@ def print_report(report: dict[str, Any], out: Path) -> None:
     table.add_row("linears fused", f"{linears['fused']} of {linears['total']}")
     table.add_row("delegates", ", ".join(f"{k}: {v}" for k, v in report["delegates"].items()))
     table.add_row("fused against unfused", "not compared" if sqnr is None else f"{sqnr} dB")
+    for name, kind in (("fused", "device_sqnr_db"), ("unquantized", "device_sqnr_unquantized_db")):
+        for method, decibels in (report["numerics"].get(kind) or {}).items():
+            table.add_row(f"{method} on the host against {name}", f"{decibels} dB")
     table.add_row("seconds", f"{sum(stage['seconds'] for stage in report['stages']):.1f}")
     for row in linears["unfused"]:
         table.add_row("not fused", f"{row['name']}: {row['reason']}")

@@ -185,6 +185,20 @@ def _read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
+def load_program(path: Path, backend: str) -> Callable[[list[torch.Tensor]], Any]:
+    """Return a function that runs the ``forward`` of a ``.pte``: a list of inputs to outputs.
+
+    On the stock runtime, or in the simulator of the device's. Raises ProgramError for a file that
+    cannot be loaded, or a backend that needs a device.
+    """
+    if backend not in (*HOST_BACKENDS, *SIMULATED_BACKENDS):
+        accepted = ", ".join((*HOST_BACKENDS, *SIMULATED_BACKENDS))
+        raise ProgramError(
+            f"cannot run on this host: got backend={backend}, accepted are programs for {accepted}"
+        )
+    return _load_simulated(path) if backend in SIMULATED_BACKENDS else _load(path)
+
+
 def _load(path: Path) -> Callable[[list[torch.Tensor]], Any]:
     # These bring the operators that run outside the delegates.
     import executorch.kernels.quantized  # noqa: F401

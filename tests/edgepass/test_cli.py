@@ -105,6 +105,17 @@ def test_a_second_lower_replaces_the_files(command, checkpoint: Path, tmp_path: 
     assert (tmp_path / "notes").read_text() == "mine"
 
 
+@pytest.mark.parametrize("backend", ["vulkan", "xnnpack"])
+def test_check_on_the_command_line(command, checkpoint: Path, tmp_path: Path, backend: str) -> None:
+    options = ["--backend", backend, "--context", 64, "--check", "--json", "--out", tmp_path / "o"]
+    code, printed, _ = command("lower", "--model", checkpoint, *options)
+    assert code == 0
+    numerics = json.loads(printed)["numerics"]
+    assert numerics["device_sqnr_db"]["forward"] > 20
+    assert 5 < numerics["device_sqnr_unquantized_db"]["forward"] < 60
+    assert json.loads((tmp_path / "o" / "report.json").read_text())["numerics"] == numerics
+
+
 def test_explain_names_each_linear(command, checkpoint: Path) -> None:
     options = ["--recipe", "8da4w", "--backend", "vulkan", "--json"]
     code, printed, _ = command("explain", "--model", checkpoint, *options)

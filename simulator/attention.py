@@ -7,13 +7,38 @@ always 1/sqrt(D), attention is causal from the position on, and no mask is taken
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from edgepass.simulator.checks import check_rows
+from edgepass.simulator.graph import TensorValue
+from edgepass.simulator.half import half_accumulate, half_cooperate
 from edgepass.simulator.registry import Kernel, Site, as_half, operator, prepared
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the runtime's shaders multiply, for several tokens and for one, and store in between."""
+
+    product: Callable[[Tensor, Tensor], Tensor]
+    product_of_one: Callable[[Tensor, Tensor], Tensor]
+    held: Callable[[Tensor], Tensor]
+
+
+FLOAT = Precision(torch.matmul, torch.matmul, torch.Tensor.float)
+# Halves of images load as float; only what is stored between the shaders is rounded.
+HALF_STORED = Precision(torch.matmul, torch.matmul, as_half)
+HALF_SUMS = Precision(half_accumulate, half_cooperate, as_half)
+
+
+def _precision(q: TensorValue) -> Precision:
+    if q.dtype != torch.float16:
+        return FLOAT
+    return HALF_SUMS if q.is_buffer else HALF_STORED
 
 
 @prepared("sdpa_with_kv_cache.default")
@@ -24,7 +49,7 @@ def sdpa_with_kv_cache(site: Site) -> Kernel:
         if cache.constant is None or len(cache.shape) != 4:
             raise site.error(f"argument {place} is no cache of the delegate")
         site.taken.add(place)
-    return CachedAttention(site.tensor(3).shape, site.tensor(0).dtype == torch.float16)
+    return CachedAttention(site.tensor(3).shape, _precision(site.tensor(0)))
 
 
 def _require_plain(site: Site, **places: int) -> None:
@@ -38,8 +63,8 @@ def _require_plain(site: Site, **places: int) -> None:
 class CachedAttention:
     """``sdpa_with_kv_cache``, whose caches are the device's own; what they start as is not read."""
 
-    def __init__(self, shape: tuple[int, ...], half: bool) -> None:
-        self.shape, self.half = shape, half
+    def __init__(self, shape: tuple[int, ...], precision: Precision) -> None:
+        self.shape, self.precision = shape, precision
         self.reset()
 
     def reset(self) -> None:
@@ -51,7 +76,7 @@ class CachedAttention:
     ) -> Tensor:
         update_cache(k, self.keys, start)
         update_cache(v, self.values, start)
-        return attend(q, self.keys, self.values, start, self.half)
+        return attend(q, self.keys, self.values, start, self.precision)
 
 
 @operator("update_cache.default")
@@ -65,37 +90,35 @@ def update_cache(rows: Tensor, cache: Tensor, start: int, *_: object) -> Tensor:
 @prepared("llama.custom_sdpa.default")
 def custom_sdpa(site: Site) -> Kernel:
     _require_plain(site, mask=4, dropout=5, causal=6, scale=7)
-    half = site.tensor(0).dtype == torch.float16
+    precision = _precision(site.tensor(0))
 
     def kernel(q: Tensor, keys: Tensor, values: Tensor, start: int, *_: object) -> Tensor:
         check_rows("cache", start, q.shape[1], keys.shape[1])
-        return attend(q, keys, values, start, half)
+        return attend(q, keys, values, start, precision)
 
     return kernel
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, start: int, half: bool = False) -> Tensor:
-    """Return ``[1, S, H, D]``: query i sees the cache's rows 0 to ``start + i``.
-
-    With ``half``, scores and weights are kept in half precision between the runtime's shaders.
-    """
-    held = as_half if half else _as_it_is
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, start: int, precision: Precision = FLOAT
+) -> Tensor:
+    """Return ``[1, S, H, D]``: query i sees the cache's rows 0 to ``start + i``."""
     tokens, heads = q.shape[1:3]
     context = start + tokens
     keys, values = (cache[0, :context].transpose(0, 1) for cache in (keys, values))
     groups = heads // keys.shape[0]
+    product = precision.product_of_one if tokens == 1 else precision.product
+    if tokens == 1 and precision is HALF_SUMS:
+        keys, values = (x.repeat_interleave(groups, 0) for x in (keys, values))
+        groups = 1
     # The heads that share keys are rows of one product: [Hkv, groups * S, D].
     rows = q[0].transpose(0, 1).reshape(keys.shape[0], groups * tokens, -1)
-    scores = held(rows @ keys.transpose(1, 2) * (1.0 / math.sqrt(q.shape[-1])))
+    scores = precision.held(product(rows, keys.transpose(1, 2)) * (1.0 / math.sqrt(q.shape[-1])))
     if tokens > 1:
         hidden = torch.ones(tokens, context, dtype=torch.bool).triu(start + 1)
         scores = scores.view(-1, tokens, context).masked_fill_(hidden, -math.inf).view_as(scores)
-    out = held(scores.softmax(-1)) @ values
+    out = product(precision.held(scores.softmax(-1)), values)
     return out.view(heads, tokens, -1).transpose(0, 1).unsqueeze(0)
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
 
 
 @operator("et_vk.sdpa.default")

@@ -34,6 +34,7 @@ DTYPES = {
     7: torch.int64,
 }
 BUFFER = 0
+_MOST_VALUES = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,9 @@ class TensorValue:
         """Return the content of a constant, in its own dtype; the bytes are shared."""
         if self.constant is None:
             raise ProgramError(f"no constant: got a tensor of shape={list(self.shape)}")
-        # torch warns of read-only memory; nothing here writes to a constant.
-        flat = torch.frombuffer(
-            bytearray(self.constant.data[: self.nbytes]) or bytearray(1), dtype=self.dtype
-        )
+        # A copy: torch warns of memory that it may not write to.
+        data = bytearray(self.constant.data[: self.nbytes]) or bytearray(self.dtype.itemsize)
+        flat = torch.frombuffer(data, dtype=self.dtype)
         return flat[: math.prod(self.shape)].view(self.shape)
 
 
@@ -155,6 +155,11 @@ def _damaged(reason: str) -> ProgramError:
     )
 
 
+def is_absurd(shape: tuple[int, ...]) -> bool:
+    """Whether no device could hold the sizes, or (with a 0 among them) torch their strides."""
+    return math.prod(max(size, 1) for size in shape) > _MOST_VALUES
+
+
 class _GraphReader:
     def __init__(
         self, record: Record, data: memoryview, named: Callable[[str], memoryview]
@@ -202,6 +207,8 @@ class _GraphReader:
             if datatype not in DTYPES:
                 raise _damaged(f"datatype={datatype}, accepted are {list(DTYPES)}")
         shape = tuple(int(size) for size in (record.dims if record.dims is not None else ()))
+        if is_absurd(shape):
+            raise _damaged(f"a tensor of shape={list(shape)}")
         dtype = DTYPES[record.datatype]
         constant = self._constant(record.constant_id) if record.constant_id >= 0 else None
         is_buffer = record.storage_type == BUFFER

@@ -12,6 +12,7 @@ from edgepass.simulator.delegate import Delegate
 from edgepass.simulator.graph import TensorValue, VulkanGraph
 from edgepass.simulator.method import Method
 from edgepass.simulator.plan import TensorPlan
+from edgepass.simulator.registry import PREPACK
 from edgepass.simulator.simulate import SimulatedProgram
 
 # What each constant of these is for: (operator, place of the argument).
@@ -101,38 +102,40 @@ def _outside(method: Method) -> dict[str, int]:
     return dict(Counter(names).most_common())
 
 
-def roles(graph: VulkanGraph) -> dict[int, str]:
+def _reads(graph: VulkanGraph) -> list[tuple[str, int, int]]:
+    """Each read of a value: operator, place of the argument, and number, of what is packed that of
+    its source."""
+    packed = {call.result: call.arguments[0] for call in graph.calls if call.name == PREPACK}
+    return [
+        (call.name, place, packed.get(number, number))
+        for call in graph.calls
+        if call.name != PREPACK
+        for place, number in enumerate(call.arguments)
+    ]
+
+
+def _roles(graph: VulkanGraph) -> dict[int, str]:
     """What each constant is for, by its number, from the operator that reads it."""
-    found: dict[int, str] = {}
-    packed = {call.result: call.arguments[0] for call in graph.calls if len(call.arguments) == 1}
-    for call in graph.calls:
-        for place, number in enumerate(call.arguments):
-            role = _ROLES.get((call.name, place))
-            if role is not None:
-                found[packed.get(number, number)] = role
-    return found
+    reads = reversed(_reads(graph))
+    return {n: _ROLES[name, place] for name, place, n in reads if (name, place) in _ROLES}
 
 
 def _constants(graph: VulkanGraph) -> list[ConstantEntry]:
-    role_of = roles(graph)
-    uses = Counter(value.constant.key for _, value in graph.constants() if value.constant)
+    role_of, keys = _roles(graph), dict(graph.constants())
+    uses = Counter(keys[number].constant.key for _, _, number in _reads(graph) if number in keys)
     entries: dict[str, ConstantEntry] = {}
-    for number, value in graph.constants():
-        assert value.constant is not None, "constants() gives constants only"
-        role = role_of.get(number, _OTHER)
-        known = entries.get(value.constant.key)
-        if known is None or known.role == _OTHER:
-            entries[value.constant.key] = ConstantEntry(
-                *(role, _name(value.dtype), list(value.shape), value.nbytes),
-                uses=uses[value.constant.key],
-            )
+    for number, value in keys.items():
+        role, key = role_of.get(number, _OTHER), value.constant.key
+        if key not in entries or entries[key].role == _OTHER:
+            shape, dtype = list(value.shape), _name(value.dtype)
+            entries[key] = ConstantEntry(role, dtype, shape, value.nbytes, uses[key])
     return sorted(entries.values(), key=lambda entry: -entry.nbytes)
 
 
 def _memory(graph: VulkanGraph, seen: dict[str, str]) -> Counter[str]:
     memory: Counter[str] = Counter()
     shared: dict[int, int] = {}
-    role_of = roles(graph)
+    role_of = _roles(graph)
     for number, value in enumerate(graph.values):
         if not isinstance(value, TensorValue):
             continue

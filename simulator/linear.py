@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edgepass.ops.packing import unpack_int4
-from edgepass.simulator.half import half_accumulate
+from edgepass.simulator.half import half_accumulate, half_cooperate
 from edgepass.simulator.quantize import quantize_rows
 from edgepass.simulator.registry import Kernel, Site, as_half, prepared
 
@@ -108,13 +108,15 @@ def linear_dq8ca_q4gsw(site: Site) -> Kernel:
     weight = _weight(site, (3, 5, 6), out.dtype)
     if site.tensor(3).shape[1] % 4:
         raise site.error(f"a weight of {site.tensor(3).shape[1]} bytes a row: not in words of 4")
-    return DynamicLinear(weight, site.constant(4), _bias(site, 7, weight.features, out.dtype), out)
+    in_half = out.dtype == torch.float16 and out.is_buffer
+    kind = HalfDynamicLinear if in_half else DynamicLinear
+    return kind(weight, site.constant(4), _bias(site, 7, weight.features, out.dtype))
 
 
 class DynamicLinear:
     """``linear_dq8ca_q4gsw``: quantized activations for several tokens, float ones for one."""
 
-    def __init__(self, weight: Weight, sums: Tensor, bias: Tensor | None, out: object) -> None:
+    def __init__(self, weight: Weight, sums: Tensor, bias: Tensor | None) -> None:
         self.steps = -(-weight.group_size // 4)
         self.groups = weight.columns // (4 * self.steps)
         self.lanes = _LANES_OF_WIDE if weight.group_size >= _WIDE_GROUP else _LANES
@@ -123,33 +125,35 @@ class DynamicLinear:
         ragged = self.groups * 4 * self.steps < weight.columns
         self.weight_of_one = weight.scaled(self.steps, False) if ragged else self.weight
         self.scales = weight.group_scales(self.groups)
-        self.drift = self._drift(weight, sums)
+        self.excess = self._excess(weight, sums)
 
-    def _drift(self, weight: Weight, sums: Tensor) -> Tensor | None:
-        """What a zero point of 1 adds to each output ``[N]`` beyond the weight's true sums."""
+    def _excess(self, weight: Weight, sums: Tensor) -> Tensor | None:
+        """What is read as sums beyond the weight's true ones, ``[groups, N]``; None if nothing."""
         covered = weight.values[:, : self.groups * 4 * self.steps]
         true = covered.unflatten(1, (self.groups, 4 * self.steps)).sum(2, dtype=torch.int32).t()
         read = read_flat(sums.to(torch.int32), self.groups, weight.features)
-        difference = read - true
-        return (self.scales * difference).sum(0) if difference.any() else None
+        return read - true if not torch.equal(read, true) else None
 
     def __call__(self, x: Tensor, scale: Tensor, zero: Tensor, *_: object) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[0] == 1:
-            # The shader for one token (linear_q4gsw_coop.glsl) reads the activation as it is.
-            out = rows @ self.weight_of_one.t()
+            out = self._of_one(rows)
         else:
             out = self._of_tokens(rows, scale.reshape(-1), zero.reshape(-1))
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], -1)
 
+    def _of_one(self, row: Tensor) -> Tensor:
+        """The shader for one token (linear_q4gsw_coop.glsl) reads the activation as it is."""
+        return row @ self.weight_of_one.t()
+
     def _of_tokens(self, rows: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         q = quantize_rows(rows, scale, zero)
         zero = zero.float().unsqueeze(1)
         out = (q - zero) @ self.weight.t()
-        if self.drift is not None:
-            out -= zero * self.drift
+        if self.excess is not None:
+            out -= zero * (self.scales * self.excess).sum(0)
         if self.steps > self.lanes:
             out += 8.0 * (self._missed_sums(q) @ self.scales)
         return out * scale.unsqueeze(1)
@@ -168,6 +172,35 @@ class DynamicLinear:
             lanes = part.shape[2]
             computed[:, :, :lanes] = 2 * computed[:, :, :lanes] + part
         return sums.sum(2) - computed.sum(2)
+
+
+class HalfDynamicLinear(DynamicLinear):
+    """The same in half precision and buffers, where the shaders' accumulators are half, too.
+
+    (Values from images load as float, and so do the sums over them.)
+    """
+
+    def __init__(self, weight: Weight, sums: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, sums, bias)
+        self.values = weight.values
+        self.weight_of_one = as_half(self.weight_of_one).t().contiguous()
+
+    def _of_one(self, row: Tensor) -> Tensor:
+        return half_cooperate(row, self.weight_of_one)
+
+    def _of_tokens(self, rows: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        q = quantize_rows(rows, scale, zero)
+        scale, zero = scale.unsqueeze(1), zero.float().unsqueeze(1)
+        missed = self._missed_sums(q) if self.steps > self.lanes else torch.zeros(1, self.groups)
+        out, width = torch.zeros(1), 4 * self.steps
+        for g in range(self.groups):
+            columns = slice(g * width, (g + 1) * width)
+            total = (q[:, columns] - zero) @ self.values[:, columns].float().t()
+            if self.excess is not None:
+                total -= zero * self.excess[g]
+            total += 8.0 * missed[:, g : g + 1]
+            out = as_half(torch.addcmul(out, as_half(total), as_half(scale * self.scales[g])))
+        return out
 
 
 @prepared("et_vk.linear_q4gsw.default", "et_vk.q4gsw_linear.default")
@@ -218,7 +251,7 @@ class WeightOnlyLinear:
         if tokens == 1:
             out = rows @ self.weight_of_one.t()
         elif self.half:
-            out = half_accumulate(rows, self.weight)
+            out = half_accumulate(rows, self.weight.t())
         else:
             out = rows @ self.weight.t()
         if self.bias is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edgepass.simulator.flatbuffer import Record
+from edgepass.simulator.graph import is_absurd
 from edgepass.simulator.pte import ProgramFile
 
 SCALAR_TYPES = {
@@ -31,13 +32,15 @@ _STATIC = 0
 class TensorPlan:
     """What a program says of one of its tensors. ``shape`` are the largest sizes.
 
-    ``content`` are the bytes of a constant, or those that a mutable buffer begins with.
+    ``content`` are the bytes of a constant, or those that a mutable buffer begins with. ``place``
+    is where the memory plan puts it, None for constants and for what the plan leaves out.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     is_dynamic: bool
     content: memoryview | None
+    place: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -97,10 +100,11 @@ class MethodPlan:
         if record.scalar_type not in SCALAR_TYPES:
             raise self.file.damaged(f"a tensor of scalar_type={record.scalar_type}")
         shape = tuple(int(size) for size in (record.sizes if record.sizes is not None else ()))
-        if any(size < 0 for size in shape):
+        if any(size < 0 for size in shape) or is_absurd(shape):
             raise self.file.damaged(f"a tensor of sizes={list(shape)}")
         dtype, content = SCALAR_TYPES[record.scalar_type], self.file.constant(record)
-        plan = TensorPlan(dtype, shape, record.shape_dynamism != _STATIC, content)
+        is_dynamic, place = record.shape_dynamism != _STATIC, _place(record.allocation_info)
+        plan = TensorPlan(dtype, shape, is_dynamic, content, place)
         if content is not None and plan.nbytes > len(content):
             raise self.file.damaged(f"a constant of sizes={list(shape)} in {len(content)} bytes")
         if content is None and record.allocation_info is not None and plan.nbytes > self._planned:
@@ -129,3 +133,10 @@ class MethodPlan:
                 record.args = self._ids(value)
             elif name != "kind" and not 0 <= value < limits.get(name, self._count):
                 raise self.file.damaged(f"an instruction with {name}={value}")
+
+
+def _place(allocation: Record | None) -> tuple[int, int] | None:
+    if allocation is None:
+        return None
+    offset = allocation.memory_offset_high << 32 | allocation.memory_offset_low
+    return allocation.memory_id, offset

@@ -99,19 +99,15 @@ class ProgramFile:
         Those of a constant, or the first content of a mutable buffer; they may be longer than
         the tensor.
         """
-        extra = tensor.extra_tensor_info
-        if tensor.allocation_info is not None and (
-            extra is None or not extra.mutable_data_segments_idx
-        ):
-            return None
-        index = tensor.data_buffer_idx
-        if extra is not None and extra.mutable_data_segments_idx:
-            mutable = self.program.mutable_data_segments or []
-            if extra.mutable_data_segments_idx >= len(mutable):
-                raise self.damaged(f"mutable data segment={extra.mutable_data_segments_idx}")
-            return self._subsegment(mutable[extra.mutable_data_segments_idx], index)
+        extra, index = tensor.extra_tensor_info, tensor.data_buffer_idx
         if index == 0:
             return None
+        if tensor.allocation_info is not None:
+            mutable = self.program.mutable_data_segments or []
+            group = extra.mutable_data_segments_idx if extra is not None else 0
+            if group >= len(mutable):
+                raise self.damaged(f"mutable data segment={group} of {len(mutable)}")
+            return self._subsegment(mutable[group], index)
         constants = self.program.constant_segment
         if constants is not None and constants.offsets is not None and len(constants.offsets):
             return self._subsegment(constants, index)

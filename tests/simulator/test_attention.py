@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgepass.ops.errors import InvalidArgumentError, SimulatorError
-from edgepass.simulator.attention import attend
+from edgepass.simulator.attention import FLOAT, HALF_STORED, HALF_SUMS, Precision, attend
 from edgepass.simulator.delegate import Delegate
 from tests.simulator.graphs import activation, constant, one_call
 
@@ -51,9 +51,13 @@ def test_attend_is_causal_from_the_position_on(tokens: int, start: int) -> None:
     assert (found - wanted).abs().max() < 1e-5
 
 
-def test_half_rounds_scores_and_weights() -> None:
-    q, keys, values = torch.randn(3, 1, 4, HEADS, WIDTH)
-    found, exact = (attend(q, keys, values, 0, half) for half in (True, False))
+@pytest.mark.parametrize("precision", [HALF_STORED, HALF_SUMS])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_half_rounds_scores_and_weights(precision: Precision, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, tokens, HEADS, WIDTH, generator=generator)
+    keys, values = torch.randn(2, 1, CONTEXT, KV_HEADS, WIDTH, generator=generator)
+    found, exact = (attend(q, keys, values, 5, kind) for kind in (precision, FLOAT))
     assert 0 < (found - exact).abs().max() < 1e-2
 
 

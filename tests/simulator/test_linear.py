@@ -220,3 +220,36 @@ def test_half_sums_round_at_each_product() -> None:
     assert torch.equal(delegate.run([x])[0], torch.full((2, 4), 2048.0))
     # For one token the accumulator is float.
     assert torch.equal(delegate.run([x[:1]])[0], torch.full((1, 4), 2080.0))
+
+
+def test_in_half_buffers_groups_are_added_in_half() -> None:
+    half, k, n, group = torch.float16, 128, 8, 32
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
+    scales = (torch.rand(k // group, n, generator=generator) * 0.1).half()
+    delegate = one_call(
+        DYNAMIC,
+        [
+            activation(8, k, dtype=half, is_buffer=True),
+            activation(8, dtype=half),
+            activation(8, dtype=torch.int8),
+            constant(pack_int4(values)),
+            constant(group_sums(values, group)),
+            constant(scales),
+            *(group, None),
+        ],
+        activation(8, n, dtype=half, is_buffer=True),
+    )
+    x = torch.randn(3, k, generator=generator).half().float()
+    scale, zero = choose_qparams(x)
+    scale = scale.half()
+    steps = (x * (1 / scale.float())[:, None]).round() + zero[:, None]
+    q = steps.clamp(-128, 127).long() - zero[:, None]
+    expected = torch.zeros(3, n, dtype=half)
+    for g in range(k // group):
+        columns = slice(g * group, (g + 1) * group)
+        total = (q[:, columns] @ values[:, columns].long().t()).to(half)
+        factor = (scale.float()[:, None] * scales[g].float()).to(half)
+        expected = (total.double() * factor.double() + expected.double()).to(half)
+    found = delegate.run([x, scale.float(), zero.to(torch.int8)])[0]
+    assert torch.equal(found, expected.float())

@@ -1,0 +1,137 @@
+"""Linears lowered by the stock flow: right where the runtime is right, and wrong as it is wrong.
+
+The bounds are what the real runtime gave for linears of these kinds, in dB against the eager
+quantized module; which of them applies to a shape follows from the shape.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
+from executorch.exir import to_edge_transform_and_lower
+from torch import nn
+from torchao.quantization import (
+    Int8DynamicActivationIntxWeightConfig,
+    IntxWeightOnlyConfig,
+    quantize_,
+)
+from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.quant_primitives import MappingType
+
+from edgepass.ops.errors import SimulatorError
+from edgepass.simulator.simulate import SimulatedProgram
+from tests.lowering.vulkan_programs import sqnr_db
+
+
+@dataclass(frozen=True)
+class Case:
+    """A linear of K to N in groups (0: whole rows), on an input of ``lead`` rows."""
+
+    k: int
+    n: int
+    group: int
+    lead: tuple[int, ...] = (5,)
+    bias: bool = False
+    asymmetric: bool = False
+    dynamic: bool = True
+    dtype: torch.dtype = torch.float32
+    scale_dtype: torch.dtype | None = None
+    half: bool = False
+
+    def module(self) -> nn.Module:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(self.k, self.n, bias=self.bias)).eval().to(self.dtype)
+        mapping = MappingType.ASYMMETRIC if self.asymmetric else MappingType.SYMMETRIC
+        groups = PerGroup(self.group) if self.group else PerAxis(0)
+        scales = {"scale_dtype": self.scale_dtype} if self.scale_dtype else {}
+        config: Any = IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=groups, mapping_type=mapping, **scales
+        )
+        if self.dynamic:
+            config = Int8DynamicActivationIntxWeightConfig(
+                weight_dtype=torch.int4,
+                weight_granularity=groups,
+                weight_mapping_type=mapping,
+                **{f"weight_{name}": value for name, value in scales.items()},
+            )
+        quantize_(module, config)
+        return module
+
+    def lowered(self, module: nn.Module, x: torch.Tensor) -> SimulatedProgram:
+        program = torch.export.export(module, (x,))
+        options = {"force_fp16": True} if self.half else {}
+        edge = to_edge_transform_and_lower(program, partitioner=[VulkanPartitioner(options)])
+        return SimulatedProgram(bytes(edge.to_executorch().buffer))
+
+    def agreement(self) -> float:
+        """Simulator against the eager module, in dB."""
+        module = self.module()
+        x = torch.randn(*self.lead, self.k).to(self.dtype)
+        return sqnr_db(self.lowered(module, x).run([x])[0], module(x))
+
+
+def weight_only_agreement(case: Case) -> float:
+    module = case.module()
+    x = torch.randn(*case.lead, case.k)
+    weight = module[0].weight
+    weight = getattr(weight, "original_weight_tensor", weight).dequantize()
+    return sqnr_db(case.lowered(module, x).run([x])[0], x.double() @ weight.double().t())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(128, 64, 32, bias=True),
+        pytest.param(Case(256, 64, 128), marks=pytest.mark.nightly),
+        pytest.param(Case(132, 64, 44), marks=pytest.mark.nightly),
+        pytest.param(Case(64, 60, 64), marks=pytest.mark.nightly),
+        pytest.param(Case(128, 64, 32, (1, 7)), marks=pytest.mark.nightly),
+        pytest.param(Case(128, 64, 32, dynamic=False), marks=pytest.mark.nightly),
+    ],
+)
+def test_right_cases(case: Case) -> None:
+    # 66 to 76 where one activation rounds the other way.
+    assert case.agreement() > 65
+
+
+def test_one_token_is_weight_only() -> None:
+    case = Case(128, 64, 32, (1,))
+    assert weight_only_agreement(case) > 120
+    assert 35 < case.agreement() < 50
+
+
+@pytest.mark.nightly
+def test_half_precision() -> None:
+    assert 40 < Case(128, 64, 32, half=True).agreement() < 66
+
+
+@pytest.mark.parametrize(
+    ("case", "least", "most"),
+    [
+        (Case(200, 64, 100), -29, -3),
+        (Case(128, 60, 32), 5, 12),
+        pytest.param(Case(192, 64, 96), -29, -3, marks=pytest.mark.nightly),
+        pytest.param(Case(512, 64, 256), -29, -3, marks=pytest.mark.nightly),
+        pytest.param(Case(1024, 64, 512), -30, -3, marks=pytest.mark.nightly),
+        pytest.param(Case(256, 64, 0), -29, -3, marks=pytest.mark.nightly),
+        pytest.param(Case(128, 64, 32, asymmetric=True), 5, 16, marks=pytest.mark.nightly),
+        pytest.param(Case(200, 64, 50), 2, 8, marks=pytest.mark.nightly),
+        pytest.param(Case(128, 64, 32, (2, 4), dynamic=False), 2, 4, marks=pytest.mark.nightly),
+        pytest.param(
+            Case(128, 64, 32, scale_dtype=torch.float16), -1, 1, marks=pytest.mark.nightly
+        ),
+        pytest.param(
+            Case(128, 64, 32, bias=True, dtype=torch.float16), -1, 1, marks=pytest.mark.nightly
+        ),
+    ],
+)
+def test_wrong_cases(case: Case, least: float, most: float) -> None:
+    assert least < case.agreement() < most
+
+
+@pytest.mark.nightly
+def test_a_batch_of_quantized_activations_ends_the_process_on_a_device() -> None:
+    with pytest.raises(SimulatorError, match="takes one matrix"):
+        Case(128, 64, 32, (2, 4)).agreement()

@@ -163,7 +163,7 @@ def flips(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @given(blocks())
-@settings(max_examples=100 if os.environ.get("CI") else 15)
+@settings(max_examples=100 if os.environ.get("CI") else 6)
 def test_any_block(block: Block) -> None:
     check(block)
 

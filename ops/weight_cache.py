@@ -12,7 +12,8 @@ for it, because the layers of a model take turns and would evict one another.
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -119,6 +120,16 @@ class WeightCache:
 
 
 weight_cache = WeightCache()
+
+
+@contextmanager
+def keep_no_forms() -> Iterator[None]:
+    """Keep no new form for the duration: for a single run of a whole model, which reuses none."""
+    before, weight_cache.limit = weight_cache.limit, 0
+    try:
+        yield
+    finally:
+        weight_cache.limit = before
 
 
 def set_weight_cache_limit(nbytes: int) -> None:

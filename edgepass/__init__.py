@@ -13,13 +13,24 @@ _HOMES = {
     "explain": "edgepass.api",
     "load_model": "edgepass.models.load",
     "quantize_model": "edgepass.calibration.recipes",
+    "register": "edgepass.lowering.registration",
+    "unregister": "edgepass.lowering.registration",
     "EdgepassError": "edgepass.ops.errors",
 }
-__all__ = ["EdgepassError", "explain", "load_model", "lower", "quantize_model"]
+__all__ = [
+    "EdgepassError",
+    "explain",
+    "load_model",
+    "lower",
+    "quantize_model",
+    "register",
+    "unregister",
+]
 
 if TYPE_CHECKING:
     from edgepass.api import explain, lower
     from edgepass.calibration.recipes import quantize_model
+    from edgepass.lowering.registration import register, unregister
     from edgepass.models.load import load_model
     from edgepass.ops.errors import EdgepassError
 

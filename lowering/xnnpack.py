@@ -50,15 +50,25 @@ def _lower(
     program: ExportedProgram, cache_dtype: torch.dtype, stages: Stages
 ) -> tuple[ExecutorchProgramManager, list[Declined]]:
     with stages.stage("prepare"):
-        working = WorkingProgram(program)
-        declined = prepare_linears(working)
-        prepare(working, cache_dtype=cache_dtype)
-        prepared = working.to_exported()
+        prepared, declined = prepare_for_xnnpack(program, cache_dtype)
     with stages.stage("delegate"), _without_known_warnings():
         edge = _delegate(prepared)
     with stages.stage("emit"), _without_known_warnings():
         finished = edge.to_executorch(ExecutorchBackendConfig(extract_delegate_segments=True))
     return finished, declined
+
+
+def prepare_for_xnnpack(
+    program: ExportedProgram, cache_dtype: torch.dtype = torch.float16
+) -> tuple[ExportedProgram, list[Declined]]:
+    """Return a fused program in the form that is delegated, and the linears that run in float32.
+
+    Arguments and errors are those of :func:`lower_xnnpack`.
+    """
+    working = WorkingProgram(program)
+    declined = prepare_linears(working)
+    prepare(working, cache_dtype=cache_dtype)
+    return working.to_exported(), declined
 
 
 def _delegate(prepared: ExportedProgram) -> EdgeProgramManager:

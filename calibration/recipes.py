@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from torchao.core.config import AOBaseConfig
 from torchao.quantization import (
     Int8DynamicActivationIntxWeightConfig,
     IntxWeightOnlyConfig,
@@ -85,21 +85,29 @@ def quantize_model(model: nn.Module, recipe: str = "8da4w", group_size: int = 32
     store one table. Raises InvalidArgumentError for an unknown recipe or a group size that does
     not divide a row.
     """
-    chosen = find_recipe(recipe)
+    linear, table = torchao_configs(recipe, group_size)
     check_group_size(model, group_size)
-    groups = PerGroup(group_size)
+    _untie(model)
+    quantize_(model, linear, lambda module, _: isinstance(module, nn.Linear))
+    quantize_(model, table, lambda module, _: isinstance(module, nn.Embedding))
+    return model
+
+
+def torchao_configs(recipe: str, group_size: int) -> tuple[AOBaseConfig, AOBaseConfig]:
+    """Return torchao's configurations of a recipe, for linears and for embeddings.
+
+    Raises InvalidArgumentError for an unknown recipe.
+    """
+    chosen, groups = find_recipe(recipe), PerGroup(group_size)
     weight_only = IntxWeightOnlyConfig(
         weight_dtype=_INT4, granularity=groups, mapping_type=chosen.mapping
     )
-    linear: Any = weight_only
-    if chosen.dynamic_activations:
-        linear = Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=_INT4, weight_granularity=groups, weight_mapping_type=chosen.mapping
-        )
-    _untie(model)
-    quantize_(model, linear, lambda module, _: isinstance(module, nn.Linear))
-    quantize_(model, weight_only, lambda module, _: isinstance(module, nn.Embedding))
-    return model
+    if not chosen.dynamic_activations:
+        return weight_only, weight_only
+    linear = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=_INT4, weight_granularity=groups, weight_mapping_type=chosen.mapping
+    )
+    return linear, weight_only
 
 
 def _untie(model: nn.Module) -> None:

@@ -15,6 +15,8 @@ _HOMES = {
     "quantize_model": "edgepass.calibration.recipes",
     "simulate": "edgepass.simulator.simulate",
     "SimulatedProgram": "edgepass.simulator.simulate",
+    "register": "edgepass.lowering.registration",
+    "unregister": "edgepass.lowering.registration",
     "EdgepassError": "edgepass.ops.errors",
 }
 __all__ = [
@@ -24,12 +26,15 @@ __all__ = [
     "load_model",
     "lower",
     "quantize_model",
+    "register",
     "simulate",
+    "unregister",
 ]
 
 if TYPE_CHECKING:
     from edgepass.api import explain, lower
     from edgepass.calibration.recipes import quantize_model
+    from edgepass.lowering.registration import register, unregister
     from edgepass.models.load import load_model
     from edgepass.ops.errors import EdgepassError
     from edgepass.simulator.simulate import SimulatedProgram, simulate

@@ -2,110 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 from executorch.exir import EdgeProgramManager
 from executorch.exir.lowered_backend_module import LoweredBackendModule
-from torch import Tensor
-from torch.export import ExportedProgram
-from torch.export.graph_signature import (
-    ExportGraphSignature,
-    InputKind,
-    InputSpec,
-    OutputKind,
-    OutputSpec,
-    TensorArgument,
-)
-from torch.fx import Graph, GraphModule, Node
 
+from edgepass.lowering.shapes_only import replace_delegates, with_shapes_only
 from edgepass.lowering.vulkan_backend import EdgepassVulkanBackend
 
 RUNTIME_BACKEND = "VulkanBackend"
 
 
 def name_for_runtime(manager: EdgeProgramManager) -> None:
-    """Give delegates that :class:`EdgepassVulkanBackend` wrote the backend's name on the device.
-
-    Their original graphs are replaced by ones that only give the outputs' shapes: two passes of
-    ``to_executorch`` run the original on fake tensors to learn no more (5 of 14 s at 30 layers).
-    """
-    for method in manager.methods:
-        module = manager.exported_program(method).graph_module
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoweredBackendModule) and _is_ours(child):
-                setattr(module, name, _renamed(child))
-
-
-def _is_ours(module: LoweredBackendModule) -> bool:
-    return module.backend_id == EdgepassVulkanBackend.__name__
+    """Give delegates that :class:`EdgepassVulkanBackend` wrote the backend's name on the device."""
+    replace_delegates(manager, _renamed)
 
 
 def _renamed(module: LoweredBackendModule) -> LoweredBackendModule:
-    new = LoweredBackendModule(
-        shapes_only(module.original_module),
-        RUNTIME_BACKEND,
-        module.processed_bytes,
-        module.compile_specs,
-        module.named_data_store_output,
-    )
-    new.meta = module.meta
-    return new
-
-
-def shapes_only(program: ExportedProgram) -> ExportedProgram:
-    """Return a program with the inputs and outputs of ``program`` that computes zeros.
-
-    ``program`` itself if an output has a dynamic size that no input has.
-    """
-    graph, signature = Graph(), program.graph_signature
-    nodes = {node.name: node for node in program.graph.nodes}
-    inputs = [_input(graph, nodes[name]) for name in signature.user_inputs]
-    outputs = [_zeros(graph, inputs, nodes[name]) for name in signature.user_outputs]
-    if any(output is None for output in outputs):
-        return program
-    graph.output(tuple(outputs))
-    return ExportedProgram(
-        root=GraphModule({}, graph),
-        graph=graph,
-        graph_signature=_plain_signature(inputs, [node for node in outputs if node is not None]),
-        state_dict={},
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        verifiers=program.verifiers,
-    )
-
-
-def _input(graph: Graph, source: Node) -> Node:
-    node = graph.placeholder(source.name)
-    node.meta["val"] = source.meta["val"]
-    return node
-
-
-def _zeros(graph: Graph, inputs: list[Node], source: Node) -> Node | None:
-    value = source.meta["val"]
-    sizes = [
-        size if isinstance(size, int) else _same_size(graph, inputs, size) for size in value.shape
-    ]
-    if None in sizes:
-        return None
-    node = graph.call_function(torch.ops.aten.full.default, (sizes, 0), {"dtype": value.dtype})
-    node.meta["val"] = value
-    return node
-
-
-def _same_size(graph: Graph, inputs: list[Node], size: torch.SymInt) -> Node | None:
-    """Return the size of an input that is the same symbol, None if no input has it."""
-    for node in inputs:
-        shape = node.meta["val"].shape if isinstance(node.meta["val"], Tensor) else ()
-        for dim, candidate in enumerate(shape):
-            if str(candidate) == str(size):
-                result = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-                result.meta["val"] = candidate
-                return result
-    return None
-
-
-def _plain_signature(inputs: list[Node], outputs: list[Node]) -> ExportGraphSignature:
-    return ExportGraphSignature(
-        [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs],
-        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs],
-    )
+    ours = module.backend_id == EdgepassVulkanBackend.__name__
+    return with_shapes_only(module, RUNTIME_BACKEND) if ours else module

@@ -10,7 +10,11 @@ from executorch.backends.vulkan.partitioner.vulkan_partitioner import (
     VulkanPartitioner,
     VulkanSupportedOperators,
 )
-from executorch.backends.vulkan.utils import DEFAULT_BUFFER_LIMIT, DEFAULT_TEXTURE_LIMITS
+from executorch.backends.vulkan.utils import (
+    DEFAULT_BUFFER_LIMIT,
+    DEFAULT_TEXTURE_LIMITS,
+    SMALL_TEXTURE_LIMITS,
+)
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
 from executorch.exir.backend.utils import tag_constant_data, tag_mutated_buffer
@@ -49,22 +53,30 @@ class EdgepassVulkanPartitioner(Partitioner):
         """Tag the nodes and the constants that only they use."""
         spec = DelegationSpec(EdgepassVulkanBackend.__name__, self.compile_specs)
         groups = [_calls(exported_program)] if self.whole else _partitions(exported_program)
-        tags: dict[str, DelegationSpec] = {}
-        for number, nodes in enumerate(groups):
-            for node in nodes:
-                node.meta["delegation_tag"] = f"vulkan_{number}"
-            tags[f"vulkan_{number}"] = spec
-        tag_constant_data(exported_program)
-        tag_mutated_buffer(exported_program)
-        return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
+        return _tag(exported_program, groups, spec)
 
 
 class RightOnVulkan(VulkanSupportedOperators):
     """Stock's table of supported operators, less what the runtime then computes wrong."""
 
-    def __init__(self, *, symbols: bool) -> None:
-        """``symbols`` allows sizes to be computed inside a delegate."""
-        super().__init__(DEFAULT_TEXTURE_LIMITS, DEFAULT_BUFFER_LIMIT)
+    def __init__(self, *, symbols: bool, partitioner: VulkanPartitioner | None = None) -> None:
+        """``symbols`` allows sizes to be computed inside a delegate.
+
+        ``partitioner`` is a stock one whose lists and limits apply too.
+        """
+        options = {} if partitioner is None else partitioner.options
+        small = options.get("small_texture_limits", False)
+        texture = SMALL_TEXTURE_LIMITS if small else DEFAULT_TEXTURE_LIMITS
+        super().__init__(
+            options.get("texture_limits", texture),
+            options.get("buffer_limit", DEFAULT_BUFFER_LIMIT),
+            require_dynamic_shape=options.get("require_dynamic_shapes", False),
+            skip_bool_tensors=options.get("skip_bool_tensors", False),
+            operator_blocklist=getattr(partitioner, "operator_blocklist", None),
+            operator_allowlist=getattr(partitioner, "operator_allowlist", None),
+            nn_module_blocklist=getattr(partitioner, "nn_module_blocklist", None),
+            nn_module_allowlist=getattr(partitioner, "nn_module_allowlist", None),
+        )
         self.symbols = symbols
 
     def is_node_supported(self, submodules: Mapping[str, Any], node: Node) -> bool:
@@ -84,19 +96,41 @@ def _operator(node: Node) -> str:
     return node.args[0].__name__ if name.startswith("auto_functionalized") else name
 
 
+def tag_right_nodes(program: ExportedProgram, partitioner: VulkanPartitioner) -> PartitionResult:
+    """Tag, for stock's backend, what the limits and a stock ``partitioner``'s options allow."""
+    return _tag(program, _partitions(program, partitioner), partitioner.delegation_spec)
+
+
+def _tag(
+    program: ExportedProgram, groups: list[list[Node]], spec: DelegationSpec
+) -> PartitionResult:
+    tags: dict[str, DelegationSpec] = {}
+    for number, nodes in enumerate(groups):
+        for node in nodes:
+            node.meta["delegation_tag"] = f"vulkan_{number}"
+        tags[f"vulkan_{number}"] = spec
+    tag_constant_data(program)
+    tag_mutated_buffer(program)
+    return PartitionResult(tagged_exported_program=program, partition_tags=tags)
+
+
 def _calls(program: ExportedProgram) -> list[Node]:
     return [node for node in program.graph.nodes if node.op == "call_function"]
 
 
-def _partitions(program: ExportedProgram) -> list[list[Node]]:
-    groups = _propose(program, symbols=True)
+def _partitions(
+    program: ExportedProgram, stock: VulkanPartitioner | None = None
+) -> list[list[Node]]:
+    groups = _propose(program, RightOnVulkan(symbols=True, partitioner=stock))
+    if not any(map(_leaks_symbol, groups)):
+        return groups
     # Between delegates a SymInt is serialised as null, without a word.
-    return _propose(program, symbols=False) if any(map(_leaks_symbol, groups)) else groups
+    return _propose(program, RightOnVulkan(symbols=False, partitioner=stock))
 
 
-def _propose(program: ExportedProgram, *, symbols: bool) -> list[list[Node]]:
+def _propose(program: ExportedProgram, right: RightOnVulkan) -> list[list[Node]]:
     partitions = CapabilityBasedPartitioner(
-        program.graph_module, RightOnVulkan(symbols=symbols), allows_single_node_partition=True
+        program.graph_module, right, allows_single_node_partition=True
     ).propose_partitions()
     return [list(partition.nodes) for partition in partitions]
 

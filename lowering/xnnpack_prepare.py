@@ -69,8 +69,8 @@ def _positions(
         first = next(n for n in program.graph.nodes if n.op == "call_function")
         editor = Editor(program, first, _RULE)
         start = editor.call(torch.ops.aten._local_scalar_dense, position)
-        start.meta["val"] = _unbacked(position)
         context = _context(program, position)
+        start.meta["val"] = _unbacked(position, context - 1)
         _assert(editor, operator.ge, start, 0)
         _assert(editor, operator.le, start, context - 1)
         if isinstance(tokens, int):
@@ -85,11 +85,14 @@ def _positions(
     return known[position]
 
 
-def _unbacked(position: Node) -> torch.SymInt:
-    """A fresh symbol for the position's value; the re-trace makes its own from the same call."""
+def _unbacked(position: Node, most: int) -> torch.SymInt:
+    """A fresh symbol, 0 to ``most``, for the position's value; a re-trace makes its own."""
     environment = position.meta["val"].fake_mode.shape_env
     with environment.ignore_fresh_unbacked_symbols():
-        return environment.create_unbacked_symint()
+        start = environment.create_unbacked_symint()
+    torch._check(start >= 0)
+    torch._check(start <= most)
+    return start
 
 
 def _assert(editor: Editor, compare: Any, value: Node, bound: int) -> None:

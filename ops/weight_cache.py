@@ -12,7 +12,8 @@ for it, because the layers of a model take turns and would evict one another.
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -21,13 +22,13 @@ from edgepass.ops.checks import refuse
 DEFAULT_LIMIT = 2 << 30
 
 Versions = tuple[int, int, int]
+Form = tuple[torch.Tensor, ...]
 
 
 class PreparedWeight:
     """One packed weight ``[N, K]`` and its float forms, each made when it is first wanted.
 
-    ``forms`` is keyed by (kind, rows): rows is the number of tokens that a form serves, 0 for any.
-    ``last_rows`` is that of the latest call.
+    ``forms`` is keyed by kind; a form is one tensor or several that together are the weight.
     """
 
     def __init__(
@@ -40,8 +41,7 @@ class PreparedWeight:
     ) -> None:
         self.packed, self.scales, self.zeros = packed, scales, zeros
         self.group_size, self.versions = group_size, versions
-        self.forms: dict[tuple[str, int], torch.Tensor] = {}
-        self.last_rows = 0
+        self.forms: dict[str, Form] = {}
 
     def describes(
         self, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int
@@ -81,21 +81,17 @@ class WeightCache:
                 self._entries[key] = entry
         return entry
 
-    def form(
-        self, entry: PreparedWeight, kind: str, rows: int, make: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
-        """A form of an entry, made by ``make`` and kept, in place of its kind, if it fits."""
-        found = entry.forms.get((kind, rows))
+    def form(self, entry: PreparedWeight, kind: str, make: Callable[[], Form]) -> Form:
+        """A form of an entry, made by ``make`` and kept if it fits."""
+        found = entry.forms.get(kind)
         if found is not None:
             return found
         made = make()
         if entry.versions is None:
             return made
         with self._lock:
-            for other in [key for key in entry.forms if key[0] == kind]:
-                del entry.forms[other]
             if self.nbytes() + _nbytes(made) <= self.limit:
-                entry.forms[kind, rows] = made
+                entry.forms[kind] = made
         return made
 
     def nbytes(self) -> int:
@@ -121,6 +117,16 @@ class WeightCache:
 weight_cache = WeightCache()
 
 
+@contextmanager
+def keep_no_forms() -> Iterator[None]:
+    """Keep no new form for the duration: for a single run of a whole model, which reuses none."""
+    before, weight_cache.limit = weight_cache.limit, 0
+    try:
+        yield
+    finally:
+        weight_cache.limit = before
+
+
 def set_weight_cache_limit(nbytes: int) -> None:
     """Let the float forms of packed weights take at most ``nbytes`` (0: keep none); drop them all.
 
@@ -143,6 +149,6 @@ def _same(kept: torch.Tensor, given: torch.Tensor) -> bool:
     return kept is given or (kept.dtype == given.dtype and torch.equal(kept, given))
 
 
-def _nbytes(form: torch.Tensor) -> int:
-    # An opaque MKL form has a size but no storage to ask.
-    return form.numel() * form.element_size()
+def _nbytes(form: Form) -> int:
+    # An opaque oneDNN tensor has a size but no storage to ask.
+    return sum(part.numel() * part.element_size() for part in form)

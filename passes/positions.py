@@ -7,7 +7,7 @@ are compared with what they must be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,6 +60,8 @@ class PositionAnalysis:
         self.program = program
         self._mutable = program.mutable_constants()
         self._functions: dict[Node, PositionFunction | Refusal] = {}
+        # The first ancestor that makes a value no position function, with the reason.
+        self._blockers: dict[Node, tuple[Node, str] | None] = {}
         self._answers: dict[tuple[Node, Callable[..., Any], int], Any] = {}
 
     def function(self, node: Node) -> PositionFunction | Refusal:
@@ -78,21 +80,33 @@ class PositionAnalysis:
         return self._answers[key]
 
     def _trace(self, output: Node) -> PositionFunction | Refusal:
+        blocker = self._blocker(output)
+        if blocker is not None:
+            node, reason = blocker
+            return Refusal(f"{output.name} depends on {node.name}: {reason}", node)
         steps, positions, lengths = [], set(), set()
         for node in _ancestors(output):
             if _is_position_input(node, self.program):
                 positions.add(node)
-            elif is_call(node, "aten.sym_size"):
+                continue
+            if is_call(node, "aten.sym_size"):
                 lengths.add(str(node.meta["val"]))
-                steps.append(node)
-            elif (reason := self._why_not(node)) is not None:
-                return Refusal(f"{output.name} depends on {node.name}: {reason}", node)
-            else:
-                steps.append(node)
+            steps.append(node)
         if len(positions) != 1 or len(lengths) > 1:
             counts = f"{len(positions)} position inputs and {len(lengths)} token counts"
             return Refusal(f"{output.name} depends on {counts}, expected one and one", output)
         return PositionFunction(self.program, tuple(steps), output, positions.pop())
+
+    def _blocker(self, output: Node) -> tuple[Node, str] | None:
+        known = self._blockers
+        for node in _ancestors(output, known):
+            if is_call(node, "aten.sym_size") or _is_position_input(node, self.program):
+                known[node] = None
+                continue
+            reason = self._why_not(node)
+            inherited = (known[each] for each in node.all_input_nodes)
+            known[node] = (node, reason) if reason else next(filter(None, inherited), None)
+        return known[output]
 
     def _why_not(self, node: Node) -> str | None:
         if node.op == "placeholder":
@@ -107,15 +121,18 @@ class PositionAnalysis:
         return "it changes a tensor in place" if schema is not None and schema.is_mutable else None
 
 
-def _ancestors(output: Node) -> Iterator[Node]:
-    """Every node that ``output`` needs, sources first. A token count ends the search there."""
+def _ancestors(output: Node, known: Container[Node] = ()) -> Iterator[Node]:
+    """Every node that ``output`` needs, sources first.
+
+    A token count, or a node in ``known``, ends the search there.
+    """
     done: set[Node] = set()
     pending = [(output, False)]
     while pending:
         node, expanded = pending.pop()
         if expanded:
             yield node
-        elif node not in done:
+        elif node not in done and node not in known:
             done.add(node)
             pending.append((node, True))
             if not is_call(node, "aten.sym_size"):

@@ -1,14 +1,34 @@
 """A tiny checkpoint and the folder that it is lowered into, made once for the room's tests."""
 
+import logging
+import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from edgepass import api
+from edgepass import api, cli
 from tests.models.tiny_models import save_checkpoint, tiny_model, tiny_tokenizer
 
 CONTEXT = 24
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Run one command in this process: exit code, standard output, standard error."""
+    disabled = logging.root.manager.disable
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edgepass", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+            cli.main()
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    yield run
+    logging.disable(disabled)
 
 
 @pytest.fixture(scope="session")

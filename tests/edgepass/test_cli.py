@@ -1,39 +1,19 @@
 """The command line: what each command prints and writes, and one line for each bad input."""
 
 import json
-import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
 import edgepass
-from edgepass import cli
 from tests.models.tiny_models import save_checkpoint
 
 SCRIPT = "from edgepass.cli import main; main()"
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """Run one command in this process: exit code, standard output, standard error."""
-    disabled = logging.root.manager.disable
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["edgepass", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
-            cli.main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    yield run
-    logging.disable(disabled)
 
 
 @pytest.fixture

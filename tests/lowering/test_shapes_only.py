@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from edgepass.lowering.vulkan_lowered import shapes_only
+from edgepass.lowering.shapes_only import shapes_only
 from tests.lowering.vulkan_programs import Decoder, export_decoder, export_tokens
 
 

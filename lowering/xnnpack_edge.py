@@ -1,0 +1,179 @@
+"""From the prepared graph to the edge dialect without tracing it again.
+
+Stock ``to_edge_transform_and_lower`` runs the whole graph on fake tensors about ten times before it
+partitions it. A prepared decoder needs none of that: each of its operators has one edge form, and
+every value is known. A program with anything else goes through the stock function.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from executorch.exir import EdgeCompileConfig
+from executorch.exir.dialects._ops import ops as exir_ops
+from executorch.exir.verification.verifier import EXIREdgeDialectVerifier
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx import Graph, Node
+
+from edgepass.passes.targets import argument, is_call
+
+_aten, _edge = torch.ops.aten, exir_ops.edge
+EDGE_CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+
+# Same arguments, same meaning: only the name changes.
+_RENAMED: dict[Any, Any] = {
+    _aten.view.default: _edge.aten.view_copy.default,
+    _aten.reshape.default: _edge.aten.view_copy.default,
+    _aten.permute.default: _edge.aten.permute_copy.default,
+    _aten.permute_copy.default: _edge.aten.permute_copy.default,
+    _aten.slice.Tensor: _edge.aten.slice_copy.Tensor,
+    _aten.select.int: _edge.aten.select_copy.int,
+    _aten.unsqueeze.default: _edge.aten.unsqueeze_copy.default,
+    _aten.cat.default: _edge.aten.cat.default,
+    _aten.embedding.default: _edge.aten.embedding.default,
+    _aten.linear.default: _edge.aten.linear.default,
+    _aten.silu.default: _edge.aten.silu.default,
+    _aten.gelu.default: _edge.aten.gelu.default,
+    _aten.sigmoid.default: _edge.aten.sigmoid.default,
+    _aten.tanh.default: _edge.aten.tanh.default,
+    _aten.relu.default: _edge.aten.relu.default,
+    _aten.neg.default: _edge.aten.neg.default,
+    _aten.exp.default: _edge.aten.exp.default,
+    _aten.rsqrt.default: _edge.aten.rsqrt.default,
+    _aten.clamp.default: _edge.aten.clamp.default,
+}
+for _name in ("embedding_4bit.dtype", "embedding_byte.dtype"):
+    _packet, _overload = _name.split(".")
+    _RENAMED[getattr(getattr(torch.ops.quantized_decomposed, _packet), _overload)] = getattr(
+        getattr(_edge.quantized_decomposed, _packet), _overload
+    )
+for _name in ("linear_qta8a_qga4w.dynamic", "rms_norm", "rotary", "masked_attention", "cast"):
+    _packet, _, _overload = _name.partition(".")
+    _raw, _dialect = getattr(torch.ops.edgepass, _packet), getattr(_edge.edgepass, _packet)
+    _RENAMED[getattr(_raw, _overload or "default")] = getattr(_dialect, _overload or "default")
+# Of two tensors of one dtype; anything else needs stock's promotions.
+_BINARY: dict[Any, Any] = {
+    _aten.add.Tensor: _edge.aten.add.Tensor,
+    _aten.sub.Tensor: _edge.aten.sub.Tensor,
+    _aten.mul.Tensor: _edge.aten.mul.Tensor,
+    _aten.div.Tensor: _edge.aten.div.Tensor,
+}
+_NAMES = {**_RENAMED, **_BINARY}
+_UPDATE = torch.ops.llama.update_cache.default
+_KEPT = {
+    *(operator.getitem, operator.add, operator.ge, operator.le),
+    _aten.sym_size.int,
+    _aten._local_scalar_dense.default,
+    _aten._assert_scalar.default,
+}
+
+
+def has_direct_form(program: ExportedProgram) -> bool:
+    """Tell whether :func:`to_edge_directly` knows each call of ``program`` (training IR)."""
+    signature = program.graph_signature
+    # Its own in-place writes aside, a program that changes its state needs stock's analysis.
+    if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
+        return False
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    others = {node.op for node in program.graph.nodes} - {"call_function", "placeholder", "output"}
+    return not others and all(_is_direct(node, program) for node in calls)
+
+
+def to_edge_directly(program: ExportedProgram) -> ExportedProgram:
+    """Return ``program``, of which :func:`has_direct_form` holds, in the edge dialect.
+
+    The graph is changed in place; the program given must not be used afterwards.
+    """
+    graph = program.graph
+    written: dict[Node, Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        for buffer, value in written.items():
+            node.replace_input_with(buffer, value)
+        if node.target is _UPDATE:
+            buffer = node.args[1]
+            # A second write of one buffer finds the first's value in its place.
+            source = next((b for b, value in written.items() if value is buffer), buffer)
+            written[source] = _functionalize(graph, node)
+        elif node.target not in _KEPT:
+            node.target = _NAMES[node.target]
+        if node.target is _aten._local_scalar_dense.default:
+            node.meta["unbacked_bindings"] = {node.meta["val"].node.expr: ()}
+        _make_contiguous(node)
+    signature = _with_writes(program, written)
+    program.graph_module.recompile()
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        constants=program.constants,
+        verifiers=[EXIREdgeDialectVerifier(edge_compile_config=EDGE_CONFIG, class_only=True)],
+    )
+
+
+def _is_direct(node: Node, program: ExportedProgram) -> bool:
+    if node.target in _KEPT or node.target is _UPDATE:
+        return True
+    if node.target in _BINARY:
+        operands = [arg.meta.get("val") for arg in node.args if isinstance(arg, Node)]
+        tensors = [value for value in operands if isinstance(value, Tensor)]
+        return len(tensors) == 2 and tensors[0].dtype == tensors[1].dtype and not node.kwargs
+    if is_call(node, "aten.embedding"):
+        return not argument(node, "scale_grad_by_freq") and not argument(node, "sparse")
+    return node.target in _RENAMED
+
+
+def _functionalize(graph: Graph, update: Node) -> Node:
+    """Put the form that ExecuTorch gives an in-place operator in its place; return the new cache.
+
+    ``to_executorch`` turns it back into a write in place.
+    """
+    rows, cache, start = update.args
+    call = torch.ops.higher_order.auto_functionalized_v2
+    with graph.inserting_before(update):
+        done = graph.call_function(call, (_UPDATE,))
+        done.kwargs = {
+            "value": rows,
+            "start_pos": start,
+            "_cache_base_index": 0,
+            "_all_bases": [cache],
+        }
+        value = graph.call_function(operator.getitem, (done, 1))
+    fake = cache.meta["val"]
+    done.meta = {**update.meta, "val": (fake.new_empty((1,)), fake)}
+    value.meta = {**update.meta, "val": fake}
+    graph.erase_node(update)
+    return value
+
+
+def _make_contiguous(node: Node) -> None:
+    """Edge operators return contiguous values, where those of the raw graph may be views."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and not value.is_contiguous():
+        node.meta["val"] = value.new_empty(value.shape)
+
+
+def _with_writes(program: ExportedProgram, written: dict[Node, Node]) -> ExportGraphSignature:
+    """Return the changed buffers before the user's outputs, and say so in the signature."""
+    signature = program.graph_signature
+    output = program.graph.output_node()
+    output.args = ((*written.values(), *output.args[0]),)
+    targets = [signature.inputs_to_buffers[buffer.name] for buffer in written]
+    writes = [
+        OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(name=value.name), target)
+        for value, target in zip(written.values(), targets, strict=True)
+    ]
+    return ExportGraphSignature(signature.input_specs, [*writes, *signature.output_specs])

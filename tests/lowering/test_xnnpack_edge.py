@@ -1,0 +1,113 @@
+"""The direct edge form against ExecuTorch's own conversion of the same prepared program."""
+
+import executorch.kernels.quantized  # noqa: F401
+import pytest
+import torch
+from executorch.runtime import Runtime
+from torch import nn
+
+from edgepass.calibration.recipes import quantize_model
+from edgepass.lowering import xnnpack
+from edgepass.lowering.report import delegates, outside_delegates
+from edgepass.lowering.vulkan import lower_vulkan
+from edgepass.models.decoder import StaticCacheDecoder, export_decoder
+from edgepass.passes.pipelines import fusion_pipeline
+from tests.models.tiny_models import tiny_model
+
+CONTEXT = 24
+
+
+def _fused(family: str = "llama"):
+    model = tiny_model(family)
+    decoder = StaticCacheDecoder(model, CONTEXT)
+    quantize_model(model, "8da4w", 32)
+    return fusion_pipeline().run(export_decoder(decoder)).program
+
+
+def _run(manager, steps):
+    program = Runtime.get().load_program(manager.buffer)
+    method = program.load_method("forward")
+    return [method.execute(list(step))[0].clone() for step in steps]
+
+
+def _steps():
+    torch.manual_seed(3)
+    position, steps = 0, []
+    for count in (5, 1, 9, 1, 2):
+        steps.append((torch.randint(0, 96, (1, count)), torch.tensor([position])))
+        position += count
+    return steps
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_the_program_is_the_one_that_stock_makes(family, monkeypatch) -> None:
+    fused = _fused(family)
+    direct, _ = xnnpack.lower_xnnpack(fused)
+    monkeypatch.setattr(xnnpack, "has_direct_form", lambda program: False)
+    stock, _ = xnnpack.lower_xnnpack(fused)
+    assert delegates(direct) == delegates(stock)
+    assert outside_delegates(direct) == outside_delegates(stock)
+    for mine, theirs in zip(_run(direct, _steps()), _run(stock, _steps()), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_decoder_is_not_traced_again(monkeypatch) -> None:
+    def fail(*args, **kwargs):
+        raise AssertionError("stock's conversion was asked for")
+
+    monkeypatch.setattr(xnnpack, "to_edge_transform_and_lower", fail)
+    assert delegates(xnnpack.lower_xnnpack(_fused())[0]) == {"forward": 4}
+
+
+class Summed(nn.Module):
+    """An operator without a direct form, between two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.two(torch.cumsum(self.one(x), dim=-1))
+
+
+class Scaled(nn.Module):
+    """A product of two dtypes, which stock promotes."""
+
+    def forward(self, x):
+        return x * torch.arange(4)
+
+
+@pytest.mark.parametrize(("module", "width"), [(Summed(), 32), (Scaled(), 4)])
+def test_any_other_program_goes_through_stock(module, width) -> None:
+    x = torch.randn(3, width)
+    manager, _ = xnnpack.lower_xnnpack(torch.export.export(module, (x,)))
+    (result,) = _run(manager, [(x,)])
+    torch.testing.assert_close(result, module(x), rtol=1e-5, atol=1e-5)
+
+
+class Counter(nn.Module):
+    """A buffer that is changed by a plain operator: stock knows how to write it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(4))
+
+    def forward(self, x):
+        self.total.add_(x)
+        return self.total * 2.0
+
+
+def test_a_changed_buffer_is_written_back() -> None:
+    x = torch.ones(4)
+    manager, _ = xnnpack.lower_xnnpack(torch.export.export(Counter(), (x,)))
+    first, second = _run(manager, [(x,), (x,)])
+    assert torch.equal(first, x * 2) and torch.equal(second, x * 4)
+
+
+def test_one_exported_program_is_lowered_again_and_again(monkeypatch) -> None:
+    fused = _fused()
+    for backend in (lower_vulkan, xnnpack.lower_xnnpack, lower_vulkan):
+        backend(fused)
+    monkeypatch.setattr(xnnpack, "has_direct_form", lambda program: False)
+    manager, _ = xnnpack.lower_xnnpack(fused)
+    assert delegates(manager) == {"forward": 4}

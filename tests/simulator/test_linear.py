@@ -191,6 +191,26 @@ def test_half_scales_in_a_float_program_are_misread() -> None:
     assert torch.equal(run(delegate, x), run(dynamic(values, as_floats, 32), x))
 
 
+def test_a_half_program_with_a_float_output_is_misread() -> None:
+    """What stock made of fp16 models with bias: its reference adds the bias in float."""
+    half, values = torch.float16, torch.ones(8, 32, dtype=torch.int8)
+    arguments = [activation(4, 32, dtype=half), activation(4, dtype=half)]
+    constants = [constant(words(values)), constant(group_sums(values, 32))]
+    scales, bias = constant(torch.ones(1, 8, dtype=half)), constant(torch.ones(8, dtype=half))
+    delegate = one_call(
+        DYNAMIC,
+        [*arguments, activation(4, dtype=torch.int8), *constants, scales, 32, bias],
+        activation(4, 8),
+    )
+    x = torch.ones(2, 32)
+    scale, zero = choose_qparams(x)
+    # Two halves of 1 are one float of 0x3C003C00; the buffer ends after four of them.
+    one = torch.tensor([0x3C003C00], dtype=torch.int32).view(torch.float32).item()
+    expected = torch.tensor([32 * one + one] * 4 + [0.0] * 4).repeat(2, 1)
+    found = delegate.run([x, scale, zero.to(torch.int8)])[0]
+    assert torch.allclose(found, expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("k", "n", "group", "words_of"),
     [(6, 8, 2, "argument 6 is 2"), (10, 8, 5, "K=10 is not a multiple of 4")],

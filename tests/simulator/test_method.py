@@ -11,10 +11,12 @@ from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from edgepass.lowering.vulkan import lower_vulkan
 from edgepass.ops.errors import ProgramError, SimulatorError
 from edgepass.simulator.method import Method
 from edgepass.simulator.portable import PortableKernel
 from edgepass.simulator.pte import ProgramFile
+from tests.lowering.vulkan_programs import Mlp, export_tokens
 
 
 class Mixed(nn.Module):
@@ -115,13 +117,9 @@ def test_each_known_kernel_is_an_operator_of_torch() -> None:
 
 
 def test_a_foreign_delegate_is_named() -> None:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    program = export(nn.Linear(4, 4), (torch.ones(2, 4),))
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-    file = ProgramFile(bytes(lowered.to_executorch().buffer))
-    with pytest.raises(SimulatorError, match="delegate=XnnpackBackend, accepted is VulkanBackend"):
+    buffer = lower_vulkan(export_tokens(Mlp(), 64)).buffer
+    file = ProgramFile(buffer.replace(b"VulkanBackend", b"MulkanBackend"))
+    with pytest.raises(SimulatorError, match="delegate=MulkanBackend, accepted is VulkanBackend"):
         Method(file, "forward")
 
 

@@ -45,3 +45,15 @@ class OutputError(EdgepassError):
     """The output cannot be written."""
 
     code = "output"
+
+
+class LibraryError(EdgepassError):
+    """A library that an optional extra brings is absent or cannot be used."""
+
+    code = "library"
+
+
+class EncodingError(EdgepassError):
+    """An encoding is missing, ambiguous, malformed or of another model."""
+
+    code = "encoding"

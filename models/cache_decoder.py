@@ -90,7 +90,9 @@ class DecoderForm(nn.Module):
         windows, layers = len(decoder.windows), decoder.layers
         masks = dict(zip(decoder.windows, rest[:windows], strict=True))
         caches = rest[windows + 1 :]
-        pairs = list(zip(caches[:layers], caches[layers:], strict=True)) or [None] * layers
+        pairs: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        if caches:
+            pairs = list(zip(caches[:layers], caches[layers:], strict=True))
         cache = CacheIo(pairs, masks)
         name = "inputs_embeds" if decoder.embeddings else "input_ids"
         with _cache_io(decoder):

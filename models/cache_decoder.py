@@ -84,46 +84,39 @@ class DecoderForm(nn.Module):
         self.decoder, self.tokens, self.context = decoder, tokens, context
         self.past = context - tokens
 
-    def forward(self, tokens: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        tokens: Tensor,
+        masks: list[Tensor],
+        input_pos: Tensor,
+        k_cache: list[Tensor] | None = None,
+        v_cache: list[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
         """Return logits, then the new keys and the new values of each layer."""
         decoder = self.decoder
-        windows, layers = len(decoder.windows), decoder.layers
-        masks = dict(zip(decoder.windows, rest[:windows], strict=True))
-        caches = rest[windows + 1 :]
-        pairs: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        if caches:
-            pairs = list(zip(caches[:layers], caches[layers:], strict=True))
-        cache = CacheIo(pairs, masks)
+        pairs: list[tuple[Tensor, Tensor] | None] = [None] * decoder.layers
+        if k_cache is not None and v_cache is not None:
+            pairs = list(zip(k_cache, v_cache, strict=True))
+        cache = CacheIo(pairs, dict(zip(decoder.windows, masks, strict=True)))
         name = "inputs_embeds" if decoder.embeddings else "input_ids"
         with _cache_io(decoder):
             logits = decoder.model(
-                **{name: tokens},
-                position_ids=rest[windows],
-                past_key_values=cache,
-                use_cache=True,
+                **{name: tokens}, position_ids=input_pos, past_key_values=cache, use_cache=True
             ).logits
         keys, values = cache.new_rows()
         return (logits, *keys, *values)
 
-    def input_names(self) -> list[str]:
-        """The names of the inputs, in order."""
-        names = ["tokens", *(["attention_mask", "window_mask"][: len(self.decoder.windows)])]
-        names.append("input_pos")
-        if self.past:
-            names += [f"{kind}_cache_{i}" for kind in "kv" for i in range(self.decoder.layers)]
-        return names
-
     def kv_pairs(self) -> list[tuple[int, int]]:
-        """(input index, output index) of each cache and of the new rows that extend it."""
+        """(flat input index, output index) of each cache and of the new rows that extend it."""
         first = len(self.decoder.windows) + 2
         return [(first + i, 1 + i) for i in range(2 * self.decoder.layers)] if self.past else []
 
-    def inputs(self, tokens: Tensor, start: int = 0, caches: Any = ()) -> tuple[Tensor, ...]:
+    def inputs(self, tokens: Tensor, start: int = 0, caches: Any = ()) -> tuple[Any, ...]:
         """The inputs for ``tokens`` (int ``[S]``, or float ``[S, H]``) at ``start``.
 
-        ``caches`` are keys of each layer, then values, in the shapes of the form, of which the
-        first ``start`` positions are read; default zeros. Fewer than ``S`` tokens are padded with
-        zeros at the end, which no real token attends.
+        Masks, keys and values are lists. ``caches`` are keys of each layer, then values, in the
+        shapes of the form, of which the first ``start`` positions are read; default zeros. Fewer
+        than ``S`` tokens are padded with zeros at the end, which no real token attends.
         """
         count = tokens.shape[0]
         pad = (0, 0) * (tokens.dim() - 1) + (0, self.tokens - count)
@@ -132,16 +125,18 @@ class DecoderForm(nn.Module):
         if not self.decoder.embeddings:
             padded = padded.to(torch.int32)
         masks = [self.mask(start, count, window) for window in self.decoder.windows]
-        caches = tuple(caches) or self.empty_caches()
-        return (padded, *masks, positions[None].to(torch.int32), *caches)
+        caches, layers = list(caches) or list(self.empty_caches()), self.decoder.layers
+        nested = (caches[:layers], caches[layers:]) if self.past else ()
+        return (padded, masks, positions[None].to(torch.int32), *nested)
 
     def empty_caches(self) -> tuple[Tensor, ...]:
         """Zeros in the shapes of the caches, keys first."""
         if not self.past:
             return ()
         heads, width = self.decoder.head_sizes()
-        keys = [torch.zeros(1, heads, width, self.past) for _ in range(self.decoder.layers)]
-        return (*keys, *(each.transpose(2, 3).contiguous() for each in keys))
+        shapes = [(1, heads, width, self.past), (1, heads, self.past, width)]
+        # A tensor each: one passed twice is exported as one input.
+        return tuple(torch.zeros(shape) for shape in shapes for _ in range(self.decoder.layers))
 
     def mask(self, start: int, count: int, window: int = 0) -> Tensor:
         """Additive mask ``[1, 1, S, C]``: 0 where a token attends, :data:`MASKED` elsewhere.

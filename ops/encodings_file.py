@@ -34,9 +34,9 @@ _EXTRA: dict[str, set[str]] = {
 def write_encodings_file(path: str | os.PathLike[str], table: EncodingTable) -> None:
     """Write ``table`` as JSON. The file appears whole or not at all.
 
-    Raises EncodingError if the format cannot say what an encoding is (a channel axis other than 0, block
-    scales that are not snapped, a range that is neither full nor, for a parameter, symmetric), and
-    OutputError if it cannot be written.
+    Raises EncodingError if the format cannot say what an encoding is (a channel axis other than 0,
+    block scales that are not snapped, a range that is neither full nor, for a parameter,
+    symmetric), and OutputError if it cannot be written.
     """
     text = json.dumps(to_document(table), indent=1) + "\n"
     target = Path(path)

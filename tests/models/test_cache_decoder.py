@@ -24,7 +24,7 @@ def random_tokens(count: int) -> torch.Tensor:
 def test_the_chunk_equals_the_model(family: str) -> None:
     model, tokens = tiny_model(family), random_tokens(CONTEXT)
     form = CacheIoDecoder(model, CONTEXT).form(CONTEXT)
-    assert form.kv_pairs() == [] and form.input_names()[0] == "tokens"
+    assert form.kv_pairs() == []
     logits = form(*form.inputs(tokens))[0]
     assert_close(logits, model(tokens[None]).logits, rtol=1e-4, atol=1e-4)
 
@@ -72,6 +72,17 @@ def test_graphs_hold_whole_norms_and_rotary_tables() -> None:
     operators = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
     assert "aten.rms_norm.default" in operators
     assert not operators & {"aten.cos.default", "aten.sin.default", "aten.rsqrt.default"}
+
+
+def test_inputs_have_names_and_pair_with_outputs() -> None:
+    form = CacheIoDecoder(tiny_model("gemma3_text"), CONTEXT).form(4)
+    program = export_form(form)
+    names = list(program.graph_signature.user_inputs)
+    assert names[:4] == ["tokens", "masks_0", "masks_1", "input_pos"]
+    assert [names[i] for i, _ in form.kv_pairs()] == [
+        *("k_cache_0", "k_cache_1", "v_cache_0", "v_cache_1")
+    ]
+    assert [j for _, j in form.kv_pairs()] == [1, 2, 3, 4]
 
 
 def test_a_norm_of_another_kind_stays_as_it_is() -> None:

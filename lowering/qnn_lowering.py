@@ -1,0 +1,117 @@
+"""From quantized graphs to one ``.pte`` of HTP contexts, by the stock QNN backend."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from executorch.backends.qualcomm._passes.build_quant_io import BuildQuantIo
+from executorch.backends.qualcomm._passes.qnn_pass_manager import get_qnn_pass_manager_cls
+from executorch.backends.qualcomm._passes.tag_quant_io import TagQuantIO
+from executorch.backends.qualcomm.utils.constants import (
+    QCOM_PASS_ACTIVATE_KEY,
+    QCOM_PASS_ARGS_KWARGS_DEFAULTS_KEY,
+    QCOM_QUANT_ATTRS,
+    QCOM_QUANT_MAX,
+    QCOM_QUANT_MIN,
+)
+from executorch.backends.qualcomm.utils.utils import (
+    generate_htp_compiler_spec,
+    generate_qnn_executorch_compiler_spec,
+    to_edge_transform_and_lower_to_qnn,
+)
+from executorch.exir import ExecutorchBackendConfig, ExecutorchProgramManager
+from torch.fx import GraphModule, Node
+
+from edgepass.lowering.qnn_libraries import prepare_libraries
+from edgepass.ops.errors import ProgramError
+
+_IO_DTYPES = {(0, 255): torch.uint8, (0, 65535): torch.uint16}
+# Whoever feeds the graph holds these in floats or whole numbers.
+_PLAIN_INPUTS = ("tokens", "input_pos")
+
+
+def lower_graphs(
+    graphs: Mapping[str, GraphModule],
+    inputs: Mapping[str, tuple[Any, ...]],
+    soc: Any,
+    constant_methods: Mapping[str, Any] | None = None,
+    fp16: bool = False,
+) -> ExecutorchProgramManager:
+    """Lower each graph (method name to PT2E graph) for the HTP of ``soc`` into one program.
+
+    Quantized inputs and outputs pass as they are (uint8, uint16); token ids, positions and inputs
+    that are not quantized pass as given.
+
+    Raises LibraryError without the QNN libraries, ProgramError with the compiler's own first line
+    if it refuses a graph.
+    """
+    prepare_libraries()
+    spec = generate_qnn_executorch_compiler_spec(soc, generate_htp_compiler_spec(use_fp16=fp16))
+    names = list(graphs)
+    with quiet_compiler() as log:
+        try:
+            edge = to_edge_transform_and_lower_to_qnn(
+                dict(graphs),
+                {name: inputs[name] for name in names},
+                dict.fromkeys(names, spec),
+                constant_methods=dict(constant_methods or {}) or None,
+                passes_job={name: _passes() for name in names},
+            )
+            return edge.to_executorch(ExecutorchBackendConfig(passes=[BuildQuantIo()]))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ProgramError(
+                f"the HTP compiler refuses the graph: got methods={', '.join(names)}: "
+                f"{_first_error(log) or error}; accepted are graphs of operators that it knows"
+            ) from error
+
+
+def _passes() -> Any:
+    """The stock edge passes with the tagging of quantized inputs and outputs switched on."""
+    passes = get_qnn_pass_manager_cls().get_capture_program_passes()
+    passes[TagQuantIO][QCOM_PASS_ACTIVATE_KEY] = True
+    arguments = passes[TagQuantIO][QCOM_PASS_ARGS_KWARGS_DEFAULTS_KEY]
+    arguments["get_quant_io_dtype_fn"] = io_dtype
+    return passes
+
+
+def io_dtype(node: Node) -> torch.dtype | None:
+    """The dtype in which a graph's input or output passes, None for float."""
+    is_input = node.op == "placeholder" and node.name not in _PLAIN_INPUTS
+    if not is_input and not any(user.op == "output" for user in node.users):
+        return None
+    attributes = node.meta.get(QCOM_QUANT_ATTRS)
+    if not attributes:
+        return None
+    return _IO_DTYPES.get((attributes[QCOM_QUANT_MIN], attributes[QCOM_QUANT_MAX]))
+
+
+@contextmanager
+def quiet_compiler() -> Iterator[Any]:
+    """Send what native code prints on standard output and error to a file, which is yielded."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        saved = os.dup(1), os.dup(2)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield log
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+            os.close(saved[0])
+            os.close(saved[1])
+
+
+def _first_error(log: Any) -> str | None:
+    log.seek(0)
+    lines = (line.partition("[ERROR]")[2].strip() for line in log if "[ERROR]" in line)
+    return next((line.removeprefix("[Qnn ExecuTorch]:").strip() for line in lines if line), None)

@@ -1,0 +1,105 @@
+"""From a form of a decoder to a graph that the stock PT2E flow calibrates and converts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
+    PerBlockParamObserver,
+)
+from executorch.backends.qualcomm.quantizer.quantizer import QnnQuantizer
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import MinMaxObserver
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from edgepass.calibration.block_scales import snap_block_scales
+from edgepass.lowering.qnn_annotation import block_sizes, kv_annotation, weight_width
+from edgepass.lowering.qnn_recipes import QnnRecipe, check_kv_bits
+from edgepass.ops.encodings_file import split_block_scales
+from edgepass.ops.errors import InvalidArgumentError
+from edgepass.passes.linear_to_conv2d import LinearToConv2d
+from edgepass.passes.pipeline import Pipeline
+from edgepass.passes.value_names import module_path
+
+
+@dataclass(frozen=True)
+class QnnQuantization:
+    """How a decoder is quantized: the recipe, the blocks of LPBQ weights, the bits of the caches.
+
+    ``block_size`` are the input features of a block; ``layer_block_sizes`` gives others to the
+    modules whose path ends in a key (``{"down_proj": 64}``). ``soc`` is the stock chip.
+
+    Raises InvalidArgumentError for cache bits that do not fit the recipe.
+    """
+
+    recipe: QnnRecipe
+    soc: Any
+    kv_bits: int = 8
+    block_size: int = 32
+    layer_block_sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_kv_bits(self.recipe, self.kv_bits)
+
+    def prepare(self, program: ExportedProgram) -> GraphModule:
+        """Return ``program`` with observers, to be run on calibration inputs.
+
+        Raises InvalidArgumentError for a block size that does not divide a projection's width.
+        """
+        if self.recipe.blocks:
+            program = Pipeline([LinearToConv2d()]).run(program).program
+        # Guards are calls of their own that would stand among an input's users.
+        module: Any = program.module(check_guards=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return prepare_pt2e(module, self._quantizer(module))
+
+    def convert(self, prepared: GraphModule) -> GraphModule:
+        """Return the calibrated ``prepared`` with quantize and dequantize calls.
+
+        Block scales are those that HTP stores, so that the graph computes what the device will.
+        """
+        _snap_observed_blocks(prepared)
+        converted = convert_pt2e(prepared)
+        snap_block_scales(converted)
+        return converted
+
+    def _quantizer(self, module: GraphModule) -> QnnQuantizer:
+        quantizer = QnnQuantizer(soc_model=self.soc)
+        quantizer.set_default_quant_config(
+            self.recipe.quant_dtype(),
+            is_conv_per_channel=True,
+            is_linear_per_channel=True,
+            act_observer=MinMaxObserver,
+        )
+        if self.recipe.blocks:
+            quantizer.set_block_size_map(block_sizes(module, self._block_size))
+        if self.recipe.activation_bits is not None and self.kv_bits == 8:
+            quantizer.add_custom_quant_annotations([kv_annotation(self.recipe.activation_bits)])
+        return quantizer
+
+    def _block_size(self, node: Node) -> int:
+        path, width = module_path(node), weight_width(node)
+        own = [size for name, size in self.layer_block_sizes.items() if path.endswith(name)]
+        size = own[0] if own else self.block_size
+        if size < 1 or width % size:
+            raise InvalidArgumentError(
+                f"got block_size={size}, which does not divide the {width} input features of "
+                f"{path}; accepted are divisors of {width}"
+            )
+        return size
+
+
+def _snap_observed_blocks(prepared: GraphModule) -> None:
+    """Let block observers give the scales that HTP stores, so that weights are rounded by them."""
+    for observer in prepared.modules():
+        if isinstance(observer, PerBlockParamObserver):
+            scale, _ = observer.calculate_qparams()
+            channel, steps = split_block_scales(scale.reshape(scale.shape[0], -1))
+            ends = (channel[:, None] * steps).reshape(scale.shape) * observer.quant_max
+            observer.min_val.copy_(-ends.reshape(observer.min_val.shape))
+            observer.max_val.copy_(ends.reshape(observer.max_val.shape))

@@ -8,9 +8,13 @@ walks on up to the embedding.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
+from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
+    PerBlockParamObserver,
+)
 from executorch.backends.qualcomm.quantizer.qconfig import (
     QuantizationConfig,
     get_8a8w_qnn_ptq_config,
@@ -28,6 +32,7 @@ from torchao.quantization.pt2e.quantizer import (
 from edgepass.passes.value_names import call_name, is_view
 
 _PROJECTIONS = ("aten.linear", "aten.conv2d")
+_TRANSPOSITIONS = ("aten.transpose", "aten.permute", "aten.t")
 
 
 def kv_annotation(activation_bits: int) -> Callable[[GraphModule], None]:
@@ -65,24 +70,34 @@ def _annotate_matmul(node: Node, rest: QuantizationConfig, cache: QuantizationSp
         output_qspec=rest.output_activation,
         _annotated=True,
     )
-    _annotate_source(right, node, cache)
+    _annotate_source(right, cache)
 
 
-def _annotate_source(node: Node, user: Node, cache: QuantizationSpec) -> None:
+def _annotate_source(node: Node, cache: QuantizationSpec) -> None:
     """Let views and joins between a projection and its matmul compute in the cache's encoding."""
-    if is_view(node):
-        source: Node = node.args[0]  # type: ignore[assignment]
-        # HTP reshapes within one dtype only, and the stock passes put a reshape of their own behind
-        # a linear: the change to 8 bits must come one view later.
-        if call_name(source) in _PROJECTIONS and is_view(user):
-            return
-        _share(node, [source], cache)
-        _annotate_source(source, node, cache)
-    elif call_name(node) == "aten.cat":
+    views = []
+    while is_view(node):
+        views.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    for view in _in_eight_bits(views, node):
+        _share(view, [view.args[0]], cache)  # type: ignore[list-item]
+    if call_name(node) == "aten.cat":
         parts: list[Node] = list(node.args[0])  # type: ignore[arg-type]
         _share(node, parts, cache)
         for part in parts:
-            _annotate_source(part, node, cache)
+            _annotate_source(part, cache)
+
+
+def _in_eight_bits(views: list[Node], source: Node) -> list[Node]:
+    """Those of ``views`` (nearest to the matmul first) that take the cache's encoding.
+
+    HTP reshapes within one dtype only, and the stock passes put reshapes of their own behind a
+    projection and lose the change of dtype there. So it comes at the last transposition.
+    """
+    if call_name(source) not in _PROJECTIONS or not views:
+        return views
+    turns = (i for i, view in enumerate(views) if call_name(view) in _TRANSPOSITIONS)
+    return views[: next(turns, 0) + 1]
 
 
 def _share(node: Node, inputs: list[Node], cache: QuantizationSpec) -> None:
@@ -93,6 +108,24 @@ def _share(node: Node, inputs: list[Node], cache: QuantizationSpec) -> None:
     node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
         input_qspec_map=specs, output_qspec=shared, _annotated=True
     )
+
+
+def keep_float_activations(module: GraphModule) -> None:
+    """Drop what a recipe with float activations says of them, which stock PT2E cannot prepare.
+
+    The stock rules let outputs share the encoding of an input that has none.
+    """
+    for node in module.graph.nodes:
+        annotation = node.meta.get(Q_ANNOTATION_KEY)
+        if annotation is None:
+            continue
+        annotation.input_qspec_map = {
+            source: spec
+            for source, spec in annotation.input_qspec_map.items()
+            if isinstance(spec, QuantizationSpec)
+        }
+        if not isinstance(annotation.output_qspec, QuantizationSpec):
+            annotation.output_qspec = None
 
 
 def block_sizes(module: GraphModule, size_of: Callable[[Node], int | None]) -> dict[str, tuple]:
@@ -106,6 +139,25 @@ def block_sizes(module: GraphModule, size_of: Callable[[Node], int | None]) -> d
             rank = node.args[1].meta["val"].dim()
             sizes[node.name] = (1, size, *(1,) * (rank - 2))
     return sizes
+
+
+def own_block_sizes(sizes: dict[str, tuple]) -> Callable[[GraphModule], None]:
+    """An annotation that gives each projection in ``sizes`` a weight observer of its own blocks.
+
+    The stock quantizer puts every size into one shared observer, so that the last one counts.
+    """
+
+    def annotate(module: GraphModule) -> None:
+        for node in module.graph.nodes:
+            if node.name in sizes:
+                specs = node.meta[Q_ANNOTATION_KEY].input_qspec_map
+                spec = specs[node.args[1]]
+                keywords = {**spec.observer_or_fake_quant_ctr.p.keywords}
+                keywords["block_size"] = sizes[node.name]
+                own = PerBlockParamObserver.with_args(**keywords)
+                specs[node.args[1]] = dataclasses.replace(spec, observer_or_fake_quant_ctr=own)
+
+    return annotate
 
 
 def weight_width(node: Node) -> int:

@@ -19,6 +19,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from edgepass.lowering.qnn_quiet import quiet_compiler
 from edgepass.ops.errors import InvalidArgumentError, LibraryError
 
 WHEEL = "onnxruntime-qnn"
@@ -129,6 +130,7 @@ def _open(root: Path) -> None:
     for name in OPENED:
         path = (root / HOST_FOLDER / name).resolve()
         try:
-            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            with quiet_compiler():
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
             raise LibraryError(f"unusable QNN library: got {path} ({error}), {_INSTALL}") from error

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,12 +24,12 @@ from executorch.backends.qualcomm.utils.utils import (
 from executorch.exir import ExecutorchBackendConfig, ExecutorchProgramManager
 from torch.fx import GraphModule, Node
 
+from edgepass.lowering.qnn_io import PLAIN_INPUTS
 from edgepass.lowering.qnn_libraries import prepare_libraries
+from edgepass.lowering.qnn_quiet import first_error, quiet_compiler
 from edgepass.ops.errors import ProgramError
 
 _IO_DTYPES = {(0, 255): torch.uint8, (0, 65535): torch.uint16}
-# Whoever feeds the graph holds these in floats or whole numbers.
-_PLAIN_INPUTS = ("tokens", "input_pos")
 
 
 def lower_graphs(
@@ -67,7 +63,7 @@ def lower_graphs(
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ProgramError(
                 f"the HTP compiler refuses the graph: got methods={', '.join(names)}: "
-                f"{_first_error(log) or error}; accepted are graphs of operators that it knows"
+                f"{first_error(log) or error}; accepted are graphs of operators that it knows"
             ) from error
 
 
@@ -82,36 +78,10 @@ def _passes() -> Any:
 
 def io_dtype(node: Node) -> torch.dtype | None:
     """The dtype in which a graph's input or output passes, None for float."""
-    is_input = node.op == "placeholder" and node.name not in _PLAIN_INPUTS
+    is_input = node.op == "placeholder" and node.name not in PLAIN_INPUTS
     if not is_input and not any(user.op == "output" for user in node.users):
         return None
     attributes = node.meta.get(QCOM_QUANT_ATTRS)
     if not attributes:
         return None
     return _IO_DTYPES.get((attributes[QCOM_QUANT_MIN], attributes[QCOM_QUANT_MAX]))
-
-
-@contextmanager
-def quiet_compiler() -> Iterator[Any]:
-    """Send what native code prints on standard output and error to a file, which is yielded."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        saved = os.dup(1), os.dup(2)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        try:
-            yield log
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
-            os.close(saved[0])
-            os.close(saved[1])
-
-
-def _first_error(log: Any) -> str | None:
-    log.seek(0)
-    lines = (line.partition("[ERROR]")[2].strip() for line in log if "[ERROR]" in line)
-    return next((line.removeprefix("[Qnn ExecuTorch]:").strip() for line in lines if line), None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
     PerBlockParamObserver,
 )
@@ -18,10 +19,16 @@ from torchao.quantization.pt2e import MinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgepass.calibration.block_scales import snap_block_scales
-from edgepass.lowering.qnn_annotation import block_sizes, kv_annotation, weight_width
+from edgepass.lowering.qnn_annotation import (
+    block_sizes,
+    keep_float_activations,
+    kv_annotation,
+    own_block_sizes,
+    weight_width,
+)
 from edgepass.lowering.qnn_recipes import QnnRecipe, check_kv_bits
 from edgepass.ops.encodings_file import split_block_scales
-from edgepass.ops.errors import InvalidArgumentError
+from edgepass.ops.errors import EncodingError, InvalidArgumentError
 from edgepass.passes.linear_to_conv2d import LinearToConv2d
 from edgepass.passes.pipeline import Pipeline
 from edgepass.passes.value_names import module_path
@@ -49,8 +56,10 @@ class QnnQuantization:
     def prepare(self, program: ExportedProgram) -> GraphModule:
         """Return ``program`` with observers, to be run on calibration inputs.
 
-        Raises InvalidArgumentError for a block size that does not divide a projection's width.
+        Raises InvalidArgumentError for a block size that does not divide a projection's width, and
+        EncodingError for weights beyond fp16.
         """
+        _check_weights(program)
         if self.recipe.blocks:
             program = Pipeline([LinearToConv2d()]).run(program).program
         # Guards are calls of their own that would stand among an input's users.
@@ -76,10 +85,16 @@ class QnnQuantization:
             is_linear_per_channel=True,
             act_observer=MinMaxObserver,
         )
+        custom: list[Callable[[GraphModule], None]] = []
         if self.recipe.blocks:
-            quantizer.set_block_size_map(block_sizes(module, self._block_size))
-        if self.recipe.activation_bits is not None and self.kv_bits == 8:
-            quantizer.add_custom_quant_annotations([kv_annotation(self.recipe.activation_bits)])
+            sizes = block_sizes(module, self._block_size)
+            quantizer.set_block_size_map(sizes)
+            custom.append(own_block_sizes(sizes))
+        if self.recipe.activation_bits is None:
+            custom.append(keep_float_activations)
+        elif self.kv_bits == 8:
+            custom.append(kv_annotation(self.recipe.activation_bits))
+        quantizer.add_custom_quant_annotations(custom)
         return quantizer
 
     def _block_size(self, node: Node) -> int:
@@ -103,3 +118,14 @@ def _snap_observed_blocks(prepared: GraphModule) -> None:
             ends = (channel[:, None] * steps).reshape(scale.shape) * observer.quant_max
             observer.min_val.copy_(-ends.reshape(observer.min_val.shape))
             observer.max_val.copy_(ends.reshape(observer.max_val.shape))
+
+
+def _check_weights(program: ExportedProgram) -> None:
+    """Refuse weights that the stock quantizer would replace in place, without a word."""
+    for name, weight in program.named_parameters():
+        largest = weight.detach().abs().max().item() if weight.is_floating_point() else 0.0
+        if largest >= torch.finfo(torch.float16).max:
+            raise EncodingError(
+                f"weight beyond fp16: got {name} with a magnitude of {largest:.4g}, accepted are "
+                f"magnitudes below {torch.finfo(torch.float16).max:.0f}"
+            )

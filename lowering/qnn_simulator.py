@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from edgepass.lowering.qnn_libraries import prepare_libraries
-from edgepass.lowering.qnn_lowering import quiet_compiler
-from edgepass.ops.encodings import Encoding
+from edgepass.lowering.qnn_quiet import quiet_compiler
 from edgepass.ops.errors import ProgramError
 
 
@@ -34,6 +33,14 @@ class SimulatedProgram:
                 "accepted are .pte files that `lower` wrote"
             ) from error
         self._methods: dict[str, Any] = {}
+        # The runtime tells of each context that it frees, if only when the process ends.
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Free the program; it must not be used afterwards. A second call does nothing."""
+        with quiet_compiler():
+            self._methods.clear()
+            self._program = None
 
     @property
     def methods(self) -> set[str]:
@@ -51,17 +58,3 @@ class SimulatedProgram:
                 self._methods[method] = self._program.load_method(method)
             flat = [each.contiguous() for each in inputs]
             return [each.clone() for each in self._methods[method].execute(flat)]
-
-
-def quantize_tensor(value: Tensor, encoding: Encoding) -> Tensor:
-    """Float ``value`` as the device holds it: unsigned 8- or 16-bit integers."""
-    scaled = torch.round(value / encoding.scale) + encoding.zero_point
-    clamped = scaled.clamp(encoding.quant_min, encoding.quant_max)
-    return clamped.to(torch.uint8 if encoding.bits == 8 else torch.uint16)
-
-
-def dequantize_tensor(value: Tensor, encoding: Encoding) -> Tensor:
-    """The float values of the device's integers; float tensors pass."""
-    if value.is_floating_point():
-        return value
-    return (value.to(torch.int32) - encoding.zero_point).to(torch.float32) * encoding.scale

@@ -21,10 +21,6 @@ from edgepass.models.attention import static_cache_mask
 from edgepass.ops.errors import CheckpointError
 
 CACHE_IO_ATTENTION = "edgepass_cache_io"
-# What a hidden position adds to its score. Large enough that softmax forgets it, small enough that
-# a 16-bit sum of scores and mask keeps steps of 1/257; the stock runner writes it as the lowest
-# quantized value.
-MASKED = -255.0
 
 
 class CacheIoLayer(CacheLayerMixin):
@@ -103,8 +99,9 @@ class _GivenMasks:
     def __init__(self, masks: dict[int, Tensor]) -> None:
         self.masks = masks
 
-    def mask(self, window: int) -> Tensor:
-        return self.masks[window]
+    def mask(self, window: int) -> Tensor | None:
+        # Gemma makes the masks of all its kinds of layers, of which a cut model may lack one.
+        return self.masks.get(window)
 
 
 def cache_io_attention(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgepass.models.architecture import check_architecture, first_line
-from edgepass.models.cache_attention import CACHE_IO_ATTENTION, MASKED, CacheIo
+from edgepass.models.cache_attention import CACHE_IO_ATTENTION, CacheIo
+from edgepass.models.cache_mask import cache_mask
 from edgepass.models.plain_modules import NormWeights, plain_modules, rotary_tables
 from edgepass.models.rotary import longest_context, reset_rotary
 from edgepass.ops.errors import CheckpointError, InvalidArgumentError
@@ -139,18 +140,8 @@ class DecoderForm(nn.Module):
         return tuple(torch.zeros(shape) for shape in shapes for _ in range(self.decoder.layers))
 
     def mask(self, start: int, count: int, window: int = 0) -> Tensor:
-        """Additive mask ``[1, 1, S, C]``: 0 where a token attends, :data:`MASKED` elsewhere.
-
-        The first ``start`` cache positions are visible, then come the ``count`` tokens, each
-        seeing itself and those before it; ``window`` > 0 hides what is that far behind.
-        """
-        query = (start + torch.arange(self.tokens))[:, None]
-        key = torch.cat([torch.arange(self.past), start + torch.arange(self.tokens)])[None]
-        filled = torch.arange(self.context)[None] < start
-        filled = filled | (torch.arange(self.context)[None] >= self.past)
-        seen = filled & (key <= query) & (key > query - window if window else key >= 0)
-        seen = seen & ((query < start + count) | (key == query))
-        return torch.where(seen, 0.0, MASKED)[None, None]
+        """The mask for ``count`` tokens at ``start``; see :func:`cache_mask`."""
+        return cache_mask(self.tokens, self.past, start, count, window)
 
 
 def export_form(form: DecoderForm) -> ExportedProgram:

@@ -146,22 +146,27 @@ class _Plan:
         self.found[value] = (first, integers if value.integers is not None else None)
 
     def _fill_between_views(self) -> None:
-        """A quantization between two views repeats the one before it, or the one behind it."""
+        """A quantization between two views repeats the one before it, or the one behind it.
+
+        Which of them it repeats shows in the encodings that the target has so far.
+        """
         by_call = {call: value for value in self.values for call in value.calls}
-        behind: dict[QuantizedValue, list[QuantizedValue]] = {}
+        near: dict[QuantizedValue, list[QuantizedValue]] = {value: [] for value in self.values}
         for value in self.values:
             before = by_call.get(value.before) if value.before is not None else None
             if before is not None:
-                behind.setdefault(before, []).append(value)
+                near[value].append(before)
+                near[before].append(value)
         for order in (self.values, list(reversed(self.values))):
             for value in order:
-                if value in self.found or value.is_parameter:
-                    continue
-                near = [by_call.get(value.before), *behind.get(value, ())]  # type: ignore
-                known = [self.found[each][0] for each in near if each in self.found]
-                alike = [each for each in known if each.same_kind(value.encoding)]
-                if alike and all(alike[0].difference(each) == 0 for each in alike):
-                    self.found[value] = (alike[0], None)
+                if value not in self.found and not value.is_parameter:
+                    self._repeat(value, [each for each in near[value] if each in self.found])
+
+    def _repeat(self, value: QuantizedValue, near: list[QuantizedValue]) -> None:
+        alike = [each for each in near if each.encoding.difference(value.encoding) == 0]
+        known = [self.found[each][0] for each in alike]
+        if known and all(known[0].difference(each) == 0 for each in known):
+            self.found[value] = (known[0], None)
 
     def _name(self, value: QuantizedValue) -> str:
         return value.names[0] if value.names else self.names.of(value.root) + " behind a view"

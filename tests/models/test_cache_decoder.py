@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from edgepass.models.cache_attention import MASKED
 from edgepass.models.cache_decoder import CacheIoDecoder, export_form
+from edgepass.models.cache_mask import MASKED
 from edgepass.ops.errors import CheckpointError, InvalidArgumentError
 from tests.models.cache_steps import run_chained
 from tests.models.tiny_models import FAMILIES, tiny_config, tiny_model

@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 from executorch.backends.qualcomm._passes.build_quant_io import BuildQuantIo
-from executorch.backends.qualcomm._passes.qnn_pass_manager import get_qnn_pass_manager_cls
 from executorch.backends.qualcomm._passes.tag_quant_io import TagQuantIO
 from executorch.backends.qualcomm.utils.constants import (
-    QCOM_PASS_ACTIVATE_KEY,
-    QCOM_PASS_ARGS_KWARGS_DEFAULTS_KEY,
     QCOM_QUANT_ATTRS,
     QCOM_QUANT_MAX,
     QCOM_QUANT_MIN,
@@ -27,6 +24,7 @@ from torch.fx import GraphModule, Node
 from edgepass.lowering.qnn_io import PLAIN_INPUTS
 from edgepass.lowering.qnn_libraries import prepare_libraries
 from edgepass.lowering.qnn_quiet import first_error, quiet_compiler
+from edgepass.lowering.qnn_registration import activate, passes_job
 from edgepass.ops.errors import ProgramError
 
 _IO_DTYPES = {(0, 255): torch.uint8, (0, 65535): torch.uint16}
@@ -50,6 +48,7 @@ def lower_graphs(
     prepare_libraries()
     spec = generate_qnn_executorch_compiler_spec(soc, generate_htp_compiler_spec(use_fp16=fp16))
     names = list(graphs)
+    own = {name: _passes() for name in names}
     with quiet_compiler() as log:
         try:
             edge = to_edge_transform_and_lower_to_qnn(
@@ -57,7 +56,8 @@ def lower_graphs(
                 {name: inputs[name] for name in names},
                 dict.fromkeys(names, spec),
                 constant_methods=dict(constant_methods or {}) or None,
-                passes_job={name: _passes() for name in names},
+                passes_job={name: passes for name, (passes, _) in own.items()},
+                dep_table={name: order for name, (_, order) in own.items()},
             )
             return edge.to_executorch(ExecutorchBackendConfig(passes=[BuildQuantIo()]))
         except (RuntimeError, AssertionError, ValueError) as error:
@@ -67,13 +67,11 @@ def lower_graphs(
             ) from error
 
 
-def _passes() -> Any:
-    """The stock edge passes with the tagging of quantized inputs and outputs switched on."""
-    passes = get_qnn_pass_manager_cls().get_capture_program_passes()
-    passes[TagQuantIO][QCOM_PASS_ACTIVATE_KEY] = True
-    arguments = passes[TagQuantIO][QCOM_PASS_ARGS_KWARGS_DEFAULTS_KEY]
-    arguments["get_quant_io_dtype_fn"] = io_dtype
-    return passes
+def _passes() -> tuple[Any, Any]:
+    """Edge passes and their order, with the tagging of quantized inputs and outputs on."""
+    passes, order = passes_job()
+    activate(passes, TagQuantIO, get_quant_io_dtype_fn=io_dtype)
+    return passes, order
 
 
 def io_dtype(node: Node) -> torch.dtype | None:

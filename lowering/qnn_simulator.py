@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class SimulatedProgram:
         from executorch.runtime import Runtime
 
         prepare_libraries()
+        _check_whole(Path(path))
         # The program must outlive its methods.
         try:
             with quiet_compiler():
@@ -58,3 +60,29 @@ class SimulatedProgram:
                 self._methods[method] = self._program.load_method(method)
             flat = [each.contiguous() for each in inputs]
             return [each.clone() for each in self._methods[method].execute(flat)]
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a file that ends before the sizes in its header: the runtime would crash on it.
+
+    The layout is that of ExecuTorch's extended header: ``eh00`` at byte 8, then its length, and
+    from byte 16 on the program's size, the segments' offset and the segments' size, 64 bits each.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(40)
+    except OSError as error:
+        raise ProgramError(
+            f"no such file: got {path}, accepted is the .pte that `lower` wrote"
+        ) from error
+    whole = len(head) == 40 and head[8:12] == b"eh00"
+    if whole:
+        program, base, data = struct.unpack("<QQQ", head[16:40])
+        has_data = struct.unpack("<I", head[12:16])[0] >= 32
+        whole = max(program, base + (data if has_data else 0)) <= size
+    if not whole:
+        raise ProgramError(
+            f"truncated or foreign file: got {path} of {size} bytes, accepted are .pte files that "
+            "`lower` wrote"
+        )

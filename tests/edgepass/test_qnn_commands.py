@@ -83,7 +83,7 @@ def test_generation_does_not_depend_on_how_the_prompt_is_cut(lowered) -> None:
     model = tiny_model("qwen3", num_hidden_layers=1)
     exact = model(torch.tensor([ids])).logits[0, -1]
     noise = (at_once - steps).square().sum() / exact.square().sum()
-    assert 10 * math.log10(noise) < -20
+    assert noise < 0.01
     assert (at_once - exact).square().sum() / exact.square().sum() < 0.25
 
 
@@ -114,14 +114,20 @@ def test_impossible_calls_are_refused(lowered, tokens, position, message) -> Non
         load_decoder(lowered.folder)(tokens, position)
 
 
-def test_a_damaged_folder_is_refused(lowered, tmp_path) -> None:
+def test_a_folder_without_its_facts_is_refused(lowered, tmp_path) -> None:
     report = dict(lowered.report)
     del report["io"]
     (tmp_path / "report.json").write_text(json.dumps(report))
     with pytest.raises(ProgramError, match="without 'io'"):
         load_decoder(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 20, 100, 0.5, 0.99])
+def test_a_truncated_program_is_refused(lowered, tmp_path, kept) -> None:
     (tmp_path / "report.json").write_text(json.dumps(lowered.report))
-    (tmp_path / "model.pte").write_bytes((lowered.folder / "model.pte").read_bytes()[:100])
+    whole = (lowered.folder / "model.pte").read_bytes()
+    count = int(kept * len(whole)) if kept < 1 else kept
+    (tmp_path / "model.pte").write_bytes(whole[:count])
     with pytest.raises(ProgramError, match="truncated or foreign file"):
         load_decoder(tmp_path)
 

@@ -14,14 +14,33 @@ _HOMES = {
     "load_model": "edgepass.models.load",
     "quantize_model": "edgepass.calibration.recipes",
     "EdgepassError": "edgepass.ops.errors",
+    "lower_for_qnn": "edgepass.qnn",
+    "QnnOptions": "edgepass.qnn",
+    "propagate_kv_encodings": "edgepass.passes.propagate_kv_encodings",
+    "register_qnn_passes": "edgepass.lowering.qnn_registration",
+    "unregister_qnn_passes": "edgepass.lowering.qnn_registration",
 }
-__all__ = ["EdgepassError", "explain", "load_model", "lower", "quantize_model"]
+__all__ = [
+    "EdgepassError",
+    "QnnOptions",
+    "explain",
+    "load_model",
+    "lower",
+    "lower_for_qnn",
+    "propagate_kv_encodings",
+    "quantize_model",
+    "register_qnn_passes",
+    "unregister_qnn_passes",
+]
 
 if TYPE_CHECKING:
     from edgepass.api import explain, lower
     from edgepass.calibration.recipes import quantize_model
+    from edgepass.lowering.qnn_registration import register_qnn_passes, unregister_qnn_passes
     from edgepass.models.load import load_model
     from edgepass.ops.errors import EdgepassError
+    from edgepass.passes.propagate_kv_encodings import propagate_kv_encodings
+    from edgepass.qnn import QnnOptions, lower_for_qnn
 
 
 def __getattr__(name: str) -> Any:

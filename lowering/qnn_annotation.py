@@ -31,29 +31,21 @@ from torchao.quantization.pt2e.quantizer import (
 
 from edgepass.passes.value_names import call_name, is_view
 
-_PROJECTIONS = ("aten.linear", "aten.conv2d")
+PROJECTIONS = ("aten.linear", "aten.conv2d")
 _TRANSPOSITIONS = ("aten.transpose", "aten.permute", "aten.t")
 
 
-def kv_annotation(activation_bits: int) -> Callable[[GraphModule], None]:
-    """An annotation for ``QnnQuantizer.add_custom_quant_annotations`` that makes KV caches 8-bit.
-
-    ``activation_bits`` (8 or 16) is what everything else of the attention has.
-    """
+def kv_annotation() -> Callable[[GraphModule], None]:
+    """An annotation for ``add_custom_quant_annotations`` that makes KV caches 8-bit."""
 
     def annotate(module: GraphModule) -> None:
         cache = get_8a8w_qnn_ptq_config(act_symmetric=True, act_observer=MinMaxObserver)
-        rest = _activations(activation_bits)
+        rest = get_16a8w_qnn_ptq_config(act_observer=MinMaxObserver)
         for node in module.graph.nodes:
             if _is_attention(node):
                 _annotate_matmul(node, rest, cache.input_activation)
 
     return annotate
-
-
-def _activations(bits: int) -> QuantizationConfig:
-    make = get_8a8w_qnn_ptq_config if bits == 8 else get_16a8w_qnn_ptq_config
-    return make(act_observer=MinMaxObserver)
 
 
 def _is_attention(node: Node) -> bool:
@@ -94,7 +86,7 @@ def _in_eight_bits(views: list[Node], source: Node) -> list[Node]:
     HTP reshapes within one dtype only, and the stock passes put reshapes of their own behind a
     projection and lose the change of dtype there. So it comes at the last transposition.
     """
-    if call_name(source) not in _PROJECTIONS or not views:
+    if call_name(source) not in PROJECTIONS or not views:
         return views
     turns = (i for i, view in enumerate(views) if call_name(view) in _TRANSPOSITIONS)
     return views[: next(turns, 0) + 1]
@@ -135,7 +127,7 @@ def block_sizes(module: GraphModule, size_of: Callable[[Node], int | None]) -> d
     """
     sizes = {}
     for node in module.graph.nodes:
-        if call_name(node) in _PROJECTIONS and (size := size_of(node)) is not None:
+        if call_name(node) in PROJECTIONS and (size := size_of(node)) is not None:
             rank = node.args[1].meta["val"].dim()
             sizes[node.name] = (1, size, *(1,) * (rank - 2))
     return sizes

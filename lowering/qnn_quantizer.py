@@ -12,7 +12,11 @@ import torch
 from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
     PerBlockParamObserver,
 )
-from executorch.backends.qualcomm.quantizer.quantizer import QnnQuantizer
+from executorch.backends.qualcomm.quantizer.quantizer import (
+    ModuleQConfig,
+    QnnQuantizer,
+    QuantDtype,
+)
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e import MinMaxObserver
@@ -20,6 +24,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgepass.calibration.block_scales import snap_block_scales
 from edgepass.lowering.qnn_annotation import (
+    PROJECTIONS,
     block_sizes,
     keep_float_activations,
     kv_annotation,
@@ -31,7 +36,7 @@ from edgepass.ops.encodings_file import split_block_scales
 from edgepass.ops.errors import EncodingError, InvalidArgumentError
 from edgepass.passes.linear_to_conv2d import LinearToConv2d
 from edgepass.passes.pipeline import Pipeline
-from edgepass.passes.value_names import module_path
+from edgepass.passes.value_names import call_name, module_path
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class QnnQuantization:
             is_linear_per_channel=True,
             act_observer=MinMaxObserver,
         )
+        if self.recipe.activation_bits == 8:
+            quantizer.set_submodule_qconfig_list([(_is_no_projection, _sixteen_bits())])
         custom: list[Callable[[GraphModule], None]] = []
         if self.recipe.blocks:
             sizes = block_sizes(module, self._block_size)
@@ -93,7 +100,7 @@ class QnnQuantization:
         if self.recipe.activation_bits is None:
             custom.append(keep_float_activations)
         elif self.kv_bits == 8:
-            custom.append(kv_annotation(self.recipe.activation_bits))
+            custom.append(kv_annotation())
         quantizer.add_custom_quant_annotations(custom)
         return quantizer
 
@@ -118,6 +125,14 @@ def _snap_observed_blocks(prepared: GraphModule) -> None:
             ends = (channel[:, None] * steps).reshape(scale.shape) * observer.quant_max
             observer.min_val.copy_(-ends.reshape(observer.min_val.shape))
             observer.max_val.copy_(ends.reshape(observer.max_val.shape))
+
+
+def _is_no_projection(node: Node) -> bool:
+    return call_name(node) not in PROJECTIONS
+
+
+def _sixteen_bits() -> ModuleQConfig:
+    return ModuleQConfig(QuantDtype.use_16a8w, act_observer=MinMaxObserver)
 
 
 def _check_weights(program: ExportedProgram) -> None:

@@ -13,7 +13,9 @@ class QnnRecipe:
     """What a name stands for: ``activation_bits`` 8 or 16, None for fp16; ``weight_bits``.
 
     Activations are asymmetric, one encoding a tensor; weights symmetric, one a channel, or with
-    ``blocks`` one a block of input features (LPBQ). ``name`` is the stock ``QuantDtype``'s.
+    ``blocks`` one a block of input features (LPBQ). ``name`` is the stock ``QuantDtype``'s. With
+    8-bit activations only the linears compute in 8 bits: HTP's norms and softmax of 8 bits are off
+    by whole steps (13 dB for the logits of one layer), so these and what is between them have 16.
     """
 
     name: str

@@ -73,7 +73,10 @@ def _joins(cache: Node) -> list[Node]:
     while pending:
         user = pending.pop(0)
         if call_name(user) in JOINS:
-            found.append(user)
+            # But for `cat`, a join writes into its first argument: the rest are rows or places.
+            whole = user.args[0]
+            if not isinstance(whole, Node) or root_of(whole) is cache:
+                found.append(user)
         elif user.op == "call_function" and root_of(user) is cache:
             pending += list(user.users)
     return list(dict.fromkeys(found))

@@ -30,7 +30,8 @@ VIEWS = frozenset(
     f"aten.{name}"
     for name in (
         *("view", "reshape", "_unsafe_view", "transpose", "permute", "t", "unsqueeze", "squeeze"),
-        *("expand", "flatten", "unflatten", "clone", "contiguous", "alias", "detach"),
+        *("expand", "flatten", "unflatten", "clone", "contiguous", "alias", "detach", "mT"),
+        *("numpy_T", "swapaxes", "swapdims", "movedim", "moveaxis"),
     )
 )
 # Operators that put new rows beside or into a cache, and return the whole.

@@ -93,8 +93,9 @@ def lower(
     """Quantize, fuse and lower a model into a folder that `run` and `eval` read."""
     if backend == "qnn":
         from edgepass.qnn import QnnOptions
-        from edgepass.qnn_commands import lower_command
+        from edgepass.qnn_commands import check_foreign_options, lower_command
 
+        check_foreign_options(group_size=(group_size, 32), dtype=(dtype, "fp32"))
         _check_writable(out)
         options = QnnOptions(soc, recipe, block_size, kv_bits, prefill_chunk, context)
         report = lower_command(
@@ -107,6 +108,12 @@ def lower(
         from edgepass import api
 
         api.check_options(backend, recipe, dtype)
+        if calibration is not None:
+            from edgepass.ops.errors import InvalidArgumentError
+
+            raise InvalidArgumentError(
+                f"got calibration={calibration} for backend={backend}, accepted is backend=qnn"
+            )
         _check_writable(out)
         loaded, tokenizer = api.load_model(
             model, layers=layers, trust_remote_code=trust_remote_code

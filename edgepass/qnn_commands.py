@@ -52,6 +52,19 @@ def lower_command(
     return result.report
 
 
+def check_foreign_options(**options: tuple[Any, Any]) -> None:
+    """Refuse options of other backends: each is (what was given, what it is by default).
+
+    Raises InvalidArgumentError.
+    """
+    for name, (given, default) in options.items():
+        if given != default:
+            raise InvalidArgumentError(
+                f"got {name}={given} for backend=qnn, which has no such option; accepted are "
+                "recipe, block_size and kv_bits"
+            )
+
+
 def encoding_rows(file: Path) -> dict[str, str]:
     """Each encoding of a file as one line, by name."""
     from edgepass.ops.encodings import describe

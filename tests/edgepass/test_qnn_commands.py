@@ -151,6 +151,8 @@ def test_encodings_are_shown_and_compared(command, lowered, tmp_path) -> None:  
         (("--recipe", "8da4w"), "unknown recipe: got recipe='8da4w'"),
         (("--soc", "SM1", "--calibration", "{text}"), "unknown chip: got soc='SM1'"),
         (("--kv-bits", "4"), "got kv_bits=4"),
+        (("--dtype", "fp16"), "got dtype=fp16 for backend=qnn, which has no such option"),
+        (("--group-size", "64"), "got group_size=64 for backend=qnn"),
         (("--prefill-chunk", "1024"), "got prefill_chunk=1024 for context=1024"),
         (
             ("--block-size=48", "--context=24", "--prefill-chunk=6", "--calibration={text}"),

@@ -18,25 +18,38 @@ _HOMES = {
     "register": "edgepass.lowering.registration",
     "unregister": "edgepass.lowering.registration",
     "EdgepassError": "edgepass.ops.errors",
+    "lower_for_qnn": "edgepass.qnn",
+    "QnnOptions": "edgepass.qnn",
+    "propagate_kv_encodings": "edgepass.passes.propagate_kv_encodings",
+    "register_qnn_passes": "edgepass.lowering.qnn_registration",
+    "unregister_qnn_passes": "edgepass.lowering.qnn_registration",
 }
 __all__ = [
     "EdgepassError",
+    "QnnOptions",
     "SimulatedProgram",
     "explain",
     "load_model",
     "lower",
+    "lower_for_qnn",
+    "propagate_kv_encodings",
     "quantize_model",
     "register",
+    "register_qnn_passes",
     "simulate",
     "unregister",
+    "unregister_qnn_passes",
 ]
 
 if TYPE_CHECKING:
     from edgepass.api import explain, lower
     from edgepass.calibration.recipes import quantize_model
+    from edgepass.lowering.qnn_registration import register_qnn_passes, unregister_qnn_passes
     from edgepass.lowering.registration import register, unregister
     from edgepass.models.load import load_model
     from edgepass.ops.errors import EdgepassError
+    from edgepass.passes.propagate_kv_encodings import propagate_kv_encodings
+    from edgepass.qnn import QnnOptions, lower_for_qnn
     from edgepass.simulator.simulate import SimulatedProgram, simulate
 
 

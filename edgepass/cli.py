@@ -1,4 +1,4 @@
-"""The command line: ``edgepass lower | run | eval | simulate | explain``.
+"""The command line: ``edgepass lower | run | eval | simulate | explain | encodings``.
 
 What needs torch is imported inside the commands, so that ``--help`` is quick.
 """
@@ -28,8 +28,10 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Option("--model", help="A directory, .gguf file, hub id, or smollm2-135m.")
 ]
-RecipeName = Annotated[str, typer.Option(help="How it is quantized: 8da4w or 4w.")]
-Backend = Annotated[str, typer.Option(help="xnnpack or vulkan.")]
+RecipeName = Annotated[
+    str, typer.Option(help="How it is quantized: 8da4w or 4w; for qnn as in 16a4w_block.")
+]
+Backend = Annotated[str, typer.Option(help="xnnpack, vulkan or (lower only) qnn.")]
 GroupSize = Annotated[int, typer.Option(help="Weights that share one scale.")]
 Layers = Annotated[int | None, typer.Option(help="Keep the first N layers only.")]
 Trust = Annotated[
@@ -78,14 +80,40 @@ def lower(
         bool, typer.Option("--check", help="Run the program on this host and report its accuracy.")
     ] = False,
     trust_remote_code: Trust = False,
+    soc: Annotated[str, typer.Option(help="qnn: the chip.")] = "SM8650",
+    block_size: Annotated[int, typer.Option(help="qnn: input features of an LPBQ block.")] = 32,
+    kv_bits: Annotated[int, typer.Option(help="qnn: bits of the KV cache, 8 or 16.")] = 8,
+    prefill_chunk: Annotated[int, typer.Option(help="qnn: tokens prefilled a call.")] = 128,
+    calibration: Annotated[
+        Path | None, typer.Option(help="qnn: the UTF-8 text to calibrate on.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="qnn: read this many of it.")] = 1024,
     as_json: Json = False,
 ) -> None:
     """Quantize, fuse and lower a model into a folder that `run` and `eval` read."""
+    if backend == "qnn":
+        from edgepass.qnn import QnnOptions
+        from edgepass.qnn_commands import check_foreign_options, lower_command
+
+        check_foreign_options(group_size=(group_size, 32), dtype=(dtype, "fp32"))
+        _check_writable(out)
+        options = QnnOptions(soc, recipe, block_size, kv_bits, prefill_chunk, context)
+        report = lower_command(
+            model, out, options, calibration, calibration_tokens, layers, trust_remote_code, check
+        )
+        console.show(report, as_json, lambda: console.print_qnn_report(report, out))
+        return
     with console.show_progress() as progress:
         progress("load")
         from edgepass import api
 
         api.check_options(backend, recipe, dtype)
+        if calibration is not None:
+            from edgepass.ops.errors import InvalidArgumentError
+
+            raise InvalidArgumentError(
+                f"got calibration={calibration} for backend={backend}, accepted is backend=qnn"
+            )
         _check_writable(out)
         loaded, tokenizer = api.load_model(
             model, layers=layers, trust_remote_code=trust_remote_code
@@ -114,10 +142,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Generate text with a lowered program on the stock ExecuTorch runtime."""
-    from edgepass.generation import LoweredDecoder, generate
+    from edgepass.generation import generate, load_decoder
     from edgepass.models.load import load_tokenizer
 
-    decoder, tokenizer = LoweredDecoder(folder), load_tokenizer(folder)
+    decoder, tokenizer = load_decoder(folder), load_tokenizer(folder)
     console.tell_simulated(decoder.simulated)
     tell = None if as_json else console.Typewriter(prompt)
     result = vars(generate(decoder, tokenizer, prompt, max_new_tokens, on_text=tell))
@@ -205,6 +233,36 @@ def explain(
         progress("fuse")
         rows = api.explain(program, backend)
     console.show({"linears": rows}, as_json, lambda: console.print_linears(rows))
+
+
+encodings = typer.Typer(no_args_is_help=True, help="Read files of quantization encodings.")
+app.add_typer(encodings, name="encodings")
+
+
+@encodings.command(name="show")
+def show_encodings(
+    file: Annotated[Path, typer.Argument(help="An encodings.json.")], as_json: Json = False
+) -> None:
+    """Print each encoding of a file: bits, granularity, range."""
+    from edgepass.qnn_commands import encoding_rows
+
+    rows = encoding_rows(file)
+    console.show(rows, as_json, lambda: console.print_pairs(rows))
+
+
+@encodings.command(name="diff")
+def diff_encodings(
+    first: Annotated[Path, typer.Argument(help="An encodings.json.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    tolerance: Annotated[float, typer.Option(help="Relative difference of scales.")] = 1e-4,
+    as_json: Json = False,
+) -> None:
+    """Print what differs between two files; exit code 1 if anything does."""
+    from edgepass.qnn_commands import difference_rows
+
+    rows = difference_rows(first, second, tolerance)
+    console.show(rows, as_json, lambda: console.print_pairs(rows))
+    raise typer.Exit(1 if rows else 0)
 
 
 def _check_writable(out: Path) -> None:

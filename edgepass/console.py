@@ -70,6 +70,25 @@ def print_report(report: dict[str, Any], out: Path) -> None:
     Console().print(table)
 
 
+def print_qnn_report(report: dict[str, Any], out: Path) -> None:
+    """Print what `lower --backend qnn` wrote, as a table."""
+    table = Table(title=f"{report['model']} for {report['soc']}", show_header=False)
+    table.add_row("file", f"{out / 'model.pte'}, {report['pte_bytes'] / 1e6:.1f} MB")
+    table.add_row("recipe", f"{report['recipe']}, {report['kv_bits']}-bit KV cache")
+    table.add_row("encodings", f"{report['encodings']} in {out / 'encodings.json'}")
+    table.add_row("delegates", ", ".join(f"{k}: {v}" for k, v in report["delegates"].items()))
+    for name, values in (report["numerics"]["device_sqnr_db"] or {}).items():
+        table.add_row(f"{name}, simulator", f"logits {values[0]} dB, least {min(values)} dB")
+    table.add_row("seconds", f"{sum(stage['seconds'] for stage in report['stages']):.1f}")
+    Console().print(table)
+
+
+def print_pairs(rows: dict[str, str]) -> None:
+    """Print each name with what is said of it."""
+    for name, text in rows.items():
+        print(f"{name}: {text}")
+
+
 class Typewriter:
     """Prints text as it comes, after the prompt that it continues."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepass.calibration.recipes import find_recipe, quantize_model
-from edgepass.generation import LoweredDecoder
+from edgepass.generation import load_decoder
 from edgepass.models.load import load_model, load_tokenizer
 from edgepass.models.rotary import longest_context
 from edgepass.ops.errors import InvalidArgumentError
@@ -33,7 +33,7 @@ class Subject:
     @staticmethod
     def of_folder(folder: Path, context: int) -> Subject:
         """Load a folder that `lower` wrote. Raises InvalidArgumentError beyond its context."""
-        decoder = LoweredDecoder(folder)
+        decoder = load_decoder(folder)
         _check_context(context, decoder.context)
         return Subject(load_tokenizer(folder), of_program(decoder), decoder.simulated)
 

@@ -90,6 +90,20 @@ class LoweredDecoder:
         return value
 
 
+def load_decoder(folder: str | Path) -> Any:
+    """Load a folder that ``lower`` wrote for a backend that this host runs.
+
+    Returns a :class:`LoweredDecoder`, or for QNN one that runs in the HTP simulator and is called
+    alike. Raises ProgramError as LoweredDecoder does, LibraryError without the simulator.
+    """
+    report = _read_report(Path(folder))
+    if report.get("backend") != "qnn":
+        return LoweredDecoder(folder)
+    from edgepass.qnn_generation import SimulatedDecoder
+
+    return SimulatedDecoder(folder, report)
+
+
 @dataclass(frozen=True)
 class Generation:
     """A continuation, without the prompt, and how fast it came, in tokens per second."""
@@ -102,7 +116,7 @@ class Generation:
 
 
 def generate(
-    decoder: LoweredDecoder,
+    decoder: Any,
     tokenizer: Any,
     prompt: str,
     max_new_tokens: int,
@@ -153,7 +167,7 @@ def _tell(tokenizer: Any, new: list[int], shown: str, on_text: Callable[[str], N
     return piece
 
 
-def _end_tokens(decoder: LoweredDecoder, tokenizer: Any) -> set[int]:
+def _end_tokens(decoder: Any, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *decoder.report.get("end_tokens", ())}
 
 

@@ -43,26 +43,42 @@ class LoweredProgram:
         ``folder`` may exist: its files of these names are replaced. Raises OutputError if it
         cannot be written; nothing half-written stays.
         """
-        target = Path(folder)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        except OSError as error:
-            raise OutputError(
-                f"cannot write out={target}: {error.strerror or error}; give a folder whose "
-                "parent is writable"
-            ) from error
-        try:
-            (staging / "model.pte").write_bytes(self.buffer)
-            (staging / "report.json").write_text(json.dumps(self.report, indent=2) + "\n")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(staging))
-            _publish(staging, target)
-        except OSError as error:
-            raise OutputError(f"cannot write out={target}: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return target
+        return save_folder(folder, self.buffer, self.report, tokenizer)
+
+
+def save_folder(
+    folder: str | os.PathLike[str],
+    buffer: bytes,
+    report: dict[str, Any],
+    tokenizer: Any = None,
+    write_more: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a program, its report and its tokenizer into ``folder``, whole or not at all.
+
+    ``write_more`` is given the folder in which the files are staged. Raises OutputError.
+    """
+    target = Path(folder)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise OutputError(
+            f"cannot write out={target}: {error.strerror or error}; give a folder whose "
+            "parent is writable"
+        ) from error
+    try:
+        (staging / "model.pte").write_bytes(buffer)
+        (staging / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
+        if write_more is not None:
+            write_more(staging)
+        _publish(staging, target)
+    except OSError as error:
+        raise OutputError(f"cannot write out={target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
 
 
 def _publish(staging: Path, target: Path) -> None:

@@ -51,3 +51,15 @@ class SimulatorError(EdgepassError):
     """The simulator does not know an operator, or the device's runtime would end the process."""
 
     code = "simulator"
+
+
+class LibraryError(EdgepassError):
+    """A library that an optional extra brings is absent or cannot be used."""
+
+    code = "library"
+
+
+class EncodingError(EdgepassError):
+    """An encoding is missing, ambiguous, malformed or of another model."""
+
+    code = "encoding"

@@ -31,6 +31,21 @@ def command(monkeypatch, capfd):
     logging.disable(disabled)
 
 
+@pytest.fixture
+def refused(command):
+    """Run one command that must fail: its one line, after the lines of progress."""
+
+    def run(*arguments: object) -> str:
+        code, out, err = command(*arguments, "--json")
+        assert (code, out) == (2, "")
+        *stages, line = err.splitlines()
+        assert line.startswith("edgepass: ")
+        assert all(len(stage.split()) <= 5 for stage in stages), err
+        return line.removeprefix("edgepass: ")
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"

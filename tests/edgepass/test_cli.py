@@ -16,21 +16,6 @@ from tests.models.tiny_models import save_checkpoint
 SCRIPT = "from edgepass.cli import main; main()"
 
 
-@pytest.fixture
-def refused(command):
-    """Run one command that must fail: its one line, after the lines of progress."""
-
-    def run(*arguments: object) -> str:
-        code, out, err = command(*arguments, "--json")
-        assert (code, out) == (2, "")
-        *stages, line = err.splitlines()
-        assert line.startswith("edgepass: ")
-        assert all(len(stage.split()) <= 5 for stage in stages), err
-        return line.removeprefix("edgepass: ")
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"

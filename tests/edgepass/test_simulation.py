@@ -11,7 +11,6 @@ from edgepass.generation import LoweredDecoder
 from edgepass.ops.errors import InvalidArgumentError
 from edgepass.simulation import _read_arrays
 from tests.edgepass.conftest import CONTEXT
-from tests.edgepass.test_cli import command, refused  # noqa: F401  (fixtures)
 from tests.models.tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -23,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return result.save(tmp_path_factory.mktemp("lowered") / "vulkan", tiny_tokenizer())
 
 
-def test_lists_as_json_and_for_people(command, folder: Path) -> None:  # noqa: F811
+def test_lists_as_json_and_for_people(command, folder: Path) -> None:
     code, printed, err = command("simulate", folder / "model.pte", "--json")
     listed = json.loads(printed)
     assert (code, err) == (0, "")
@@ -37,7 +36,7 @@ def test_lists_as_json_and_for_people(command, folder: Path) -> None:  # noqa: F
         assert words in printed
 
 
-def test_runs_arrays_of_a_file(command, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_runs_arrays_of_a_file(command, folder: Path, tmp_path: Path) -> None:
     given, out = tmp_path / "in.npz", tmp_path / "out.npz"
     np.savez(given, np.array([[5, 6, 7]]), np.array([0]))
     options = ["--inputs", given, "--out", out, "--json"]
@@ -51,7 +50,7 @@ def test_runs_arrays_of_a_file(command, folder: Path, tmp_path: Path) -> None:  
     assert result["values"] == pytest.approx(found.reshape(-1)[:8].tolist())
 
 
-def test_run_and_eval_say_that_they_simulate(command, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_run_and_eval_say_that_they_simulate(command, folder: Path, tmp_path: Path) -> None:
     options = ["--prompt", "He said", "--max-new-tokens", 3, "--json"]
     code, printed, err = command("run", folder, *options)
     assert (code, json.loads(printed)["prompt_tokens"]) == (0, 6)
@@ -64,7 +63,7 @@ def test_run_and_eval_say_that_they_simulate(command, folder: Path, tmp_path: Pa
     assert "edgepass: simulated on the CPU" in err.splitlines()
 
 
-def test_bad_input_is_one_line(refused, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bad_input_is_one_line(refused, folder: Path, tmp_path: Path) -> None:
     pte = folder / "model.pte"
     cut = tmp_path / "cut.pte"
     cut.write_bytes(pte.read_bytes()[:1000])

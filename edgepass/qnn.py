@@ -1,0 +1,195 @@
+"""Lowering a decoder for Qualcomm's NPU: calibrate, carry the encodings over, lower, check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from edgepass.ops.encodings import EncodingTable
+from edgepass.ops.encodings_file import write_encodings_file
+from edgepass.ops.errors import InvalidArgumentError
+
+BACKEND = "qnn"
+
+
+@dataclass(frozen=True)
+class QnnOptions:
+    """How to lower for QNN.
+
+    ``soc`` is a chip of the stock backend (``SM8650``), ``recipe`` one of ``QNN_RECIPES``.
+    ``block_size`` are the input features of an LPBQ block, ``layer_block_sizes`` others for modules
+    whose path ends in a key. ``prefill_chunk`` tokens are prefilled a call, ``context`` fit.
+    """
+
+    soc: str = "SM8650"
+    recipe: str = "16a4w_block"
+    block_size: int = 32
+    kv_bits: int = 8
+    prefill_chunk: int = 128
+    context: int = 1024
+    layer_block_sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QnnProgram:
+    """A finished program: ``buffer`` (the ``.pte`` bytes), ``report``, ``encodings``."""
+
+    buffer: bytes
+    report: dict[str, Any]
+    encodings: EncodingTable
+
+    def save(self, folder: Any, tokenizer: Any = None) -> Any:
+        """Write ``model.pte``, ``report.json``, ``encodings.json`` and the tokenizer, all at once.
+
+        Raises OutputError if the folder cannot be written; nothing half-written stays.
+        """
+        from edgepass.lowering.lower import save_folder
+
+        def write(staging: Any) -> None:
+            write_encodings_file(staging / "encodings.json", self.encodings)
+
+        return save_folder(folder, self.buffer, self.report, tokenizer, write)
+
+
+def lower_for_qnn(
+    model: Any,
+    options: QnnOptions,
+    tokens: Sequence[int],
+    *,
+    check: bool = False,
+    model_name: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> QnnProgram:
+    """Lower a ``transformers`` causal language model for the HTP of ``options.soc``.
+
+    ``tokens`` is the text to calibrate on: it is cut into chunks of the context, or is one shorter
+    chunk. With ``check`` both methods run in the HTP simulator against the fake-quantized graphs,
+    and the least SQNR in dB of an output is reported as ``numerics.device_sqnr_db``.
+
+    Raises LibraryError without the QNN libraries, InvalidArgumentError for options that do not fit,
+    EncodingError for calibration data that gives no encodings.
+    """
+    from edgepass.lowering.qnn_libraries import prepare_libraries
+    from edgepass.lowering.qnn_recipes import check_kv_bits, find_chip, find_qnn_recipe
+    from edgepass.lowering.stages import Stages
+
+    recipe = find_qnn_recipe(options.recipe)
+    check_kv_bits(recipe, options.kv_bits)
+    check_chunk(options)
+    stages = Stages(progress)
+    prepare_libraries()
+    soc = find_chip(options.soc)
+
+    from edgepass.lowering.qnn_decoder import quantize_decoder
+    from edgepass.lowering.qnn_quantizer import QnnQuantization
+    from edgepass.models.cache_decoder import CacheIoDecoder
+
+    with stages.stage("calibrate"):
+        quantization = QnnQuantization(
+            recipe, soc, options.kv_bits, options.block_size, options.layer_block_sizes
+        )
+        decoder = CacheIoDecoder(model, options.context)
+        texts = cut_texts(tokens, options.context)
+        quantized = quantize_decoder(decoder, quantization, texts, options.prefill_chunk)
+    manager = _lower(quantized, soc, recipe, options, stages)
+    buffer = bytes(manager.buffer)
+    from edgepass.lowering.qnn_io import describe_io
+
+    report = {
+        "edgepass": version("edgepass"),
+        "backend": BACKEND,
+        "recipe": options.recipe,
+        "model": model_name,
+        "soc": options.soc,
+        "block_size": options.block_size if recipe.blocks else None,
+        "kv_bits": options.kv_bits,
+        "context": options.context,
+        "prefill_chunk": options.prefill_chunk,
+        "vocabulary": int(model.config.vocab_size),
+        "layers": decoder.layers,
+        "end_tokens": end_tokens(model),
+        "calibration_tokens": sum(map(len, texts)),
+        "encodings": len(quantized.encodings),
+        "io": describe_io(quantized),
+        **_delegates(manager, quantized.forms),
+        "pte_bytes": len(buffer),
+        "stages": stages.rows,
+        "numerics": {"device_sqnr_db": None},
+    }
+    if check:
+        from edgepass.lowering.qnn_check import device_sqnr_db
+
+        with stages.stage("check"):
+            report["numerics"] = {"device_sqnr_db": device_sqnr_db(quantized, buffer, texts[0])}
+    return QnnProgram(buffer, report, quantized.encodings)
+
+
+def _lower(quantized: Any, soc: Any, recipe: Any, options: QnnOptions, stages: Any) -> Any:
+    from edgepass.lowering.qnn_decoder import metadata
+    from edgepass.lowering.qnn_lowering import lower_graphs
+
+    with stages.stage("delegate"):
+        facts = metadata(quantized, end_tokens(quantized.decoder.model), options.kv_bits)
+        examples = {
+            name: form.inputs(_example(quantized, form.tokens))
+            for name, form in quantized.forms.items()
+        }
+        fp16 = recipe.activation_bits is None
+        return lower_graphs(quantized.graphs, examples, soc, facts, fp16=fp16)
+
+
+def _example(quantized: Any, count: int) -> Tensor:
+    decoder = quantized.decoder
+    if decoder.embeddings:
+        return torch.zeros(count, decoder.model.config.hidden_size)
+    return torch.zeros(count, dtype=torch.int64)
+
+
+def _delegates(manager: Any, forms: Any) -> dict[str, Any]:
+    from edgepass.lowering.report import delegates, outside_delegates
+
+    counts, outside = delegates(manager), outside_delegates(manager)
+    return {
+        "delegates": {name: counts[name] for name in forms},
+        "outside_delegates": {name: outside[name] for name in forms},
+    }
+
+
+def check_chunk(options: QnnOptions) -> None:
+    """Raise InvalidArgumentError unless the prefill chunk leaves room in the context."""
+    if not 2 <= options.prefill_chunk < options.context:
+        raise InvalidArgumentError(
+            f"got prefill_chunk={options.prefill_chunk} for context={options.context}, accepted "
+            f"are 2 to {options.context - 1}"
+        )
+
+
+def cut_texts(tokens: Sequence[int], context: int) -> list[Tensor]:
+    """Cut ``tokens`` into chunks of ``context``, dropping a shorter rest; or one shorter chunk.
+
+    Raises InvalidArgumentError for under two tokens.
+    """
+    if len(tokens) < 2:
+        raise InvalidArgumentError(
+            f"calibration text too short: got {len(tokens)} tokens, accepted are 2 and more"
+        )
+    length = min(context, len(tokens))
+    whole = torch.tensor(tokens)[: len(tokens) // length * length]
+    return list(whole.reshape(-1, length))
+
+
+def end_tokens(model: Any) -> list[int]:
+    """The token ids that end a text."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+
+
+def flat(inputs: Any) -> list[Tensor]:
+    """The tensors of nested inputs, in the order of the graph's inputs."""
+    return pytree.tree_leaves(inputs)

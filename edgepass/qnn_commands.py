@@ -1,0 +1,83 @@
+"""What the command line does for QNN, without its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgepass import console
+from edgepass.ops.errors import InvalidArgumentError
+from edgepass.qnn import QnnOptions, check_chunk, lower_for_qnn
+
+
+def lower_command(
+    model: str,
+    out: Path,
+    options: QnnOptions,
+    calibration: Path | None,
+    calibration_tokens: int,
+    layers: int | None,
+    trust_remote_code: bool,
+    check: bool,
+) -> dict[str, Any]:
+    """Load, lower and write; return the report. Bad options are refused before the model is read.
+
+    Raises InvalidArgumentError without a calibration text, and what ``lower_for_qnn`` raises.
+    """
+    with console.show_progress() as progress:
+        progress("load")
+        from edgepass.lowering.qnn_libraries import prepare_libraries
+        from edgepass.lowering.qnn_recipes import check_kv_bits, find_chip, find_qnn_recipe
+
+        check_kv_bits(find_qnn_recipe(options.recipe), options.kv_bits)
+        check_chunk(options)
+        if calibration is None:
+            raise InvalidArgumentError(
+                "no calibration text: got calibration=None for backend=qnn, accepted is a UTF-8 "
+                "file of text like the model will see"
+            )
+        prepare_libraries()
+        find_chip(options.soc)
+
+        from edgepass.models.load import load_model
+        from edgepass.perplexity import read_tokens
+
+        loaded, tokenizer = load_model(model, layers=layers, trust_remote_code=trust_remote_code)
+        tokens = read_tokens(tokenizer, calibration, calibration_tokens)
+        result = lower_for_qnn(
+            loaded, options, tokens, check=check, model_name=model, progress=progress
+        )
+        progress("write")
+        result.save(out, tokenizer)
+    return result.report
+
+
+def check_foreign_options(**options: tuple[Any, Any]) -> None:
+    """Refuse options of other backends: each is (what was given, what it is by default).
+
+    Raises InvalidArgumentError.
+    """
+    for name, (given, default) in options.items():
+        if given != default:
+            raise InvalidArgumentError(
+                f"got {name}={given} for backend=qnn, which has no such option; accepted are "
+                "recipe, block_size and kv_bits"
+            )
+
+
+def encoding_rows(file: Path) -> dict[str, str]:
+    """Each encoding of a file as one line, by name."""
+    from edgepass.ops.encodings import describe
+    from edgepass.ops.encodings_file import read_encodings_file
+
+    return {name: describe(encoding) for name, encoding in read_encodings_file(file).items()}
+
+
+def difference_rows(first: Path, second: Path, tolerance: float) -> dict[str, str]:
+    """What differs between two files by more than ``tolerance``, by name."""
+    from edgepass.ops.encodings_file import read_encodings_file
+
+    if not tolerance >= 0:
+        raise InvalidArgumentError(f"got tolerance={tolerance}, accepted are 0 and more")
+    found = read_encodings_file(first).diff(read_encodings_file(second), tolerance)
+    return {each.name: each.reason for each in found}

@@ -1,0 +1,158 @@
+"""How attention is annotated for HTP: 8-bit KV caches beside 16-bit activations.
+
+HTP multiplies a 16-bit by an 8-bit value at full speed, and a cache of 8 bits is half as large. So
+the second input of each attention matmul, its cache, and what extends the cache share one symmetric
+8-bit encoding. The stock ``annotate_kv_8bit`` expects convolutions as projections: with linears it
+walks on up to the embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
+    PerBlockParamObserver,
+)
+from executorch.backends.qualcomm.quantizer.qconfig import (
+    QuantizationConfig,
+    get_8a8w_qnn_ptq_config,
+    get_16a8w_qnn_ptq_config,
+)
+from executorch.backends.qualcomm.quantizer.rules import Q_ANNOTATION_KEY
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import MinMaxObserver
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    SharedQuantizationSpec,
+)
+
+from edgepass.passes.value_names import call_name, is_view
+
+PROJECTIONS = ("aten.linear", "aten.conv2d")
+_TRANSPOSITIONS = ("aten.transpose", "aten.permute", "aten.t")
+
+
+def kv_annotation() -> Callable[[GraphModule], None]:
+    """An annotation for ``add_custom_quant_annotations`` that makes KV caches 8-bit."""
+
+    def annotate(module: GraphModule) -> None:
+        cache = get_8a8w_qnn_ptq_config(act_symmetric=True, act_observer=MinMaxObserver)
+        rest = get_16a8w_qnn_ptq_config(act_observer=MinMaxObserver)
+        for node in module.graph.nodes:
+            if _is_attention(node):
+                _annotate_matmul(node, rest, cache.input_activation)
+
+    return annotate
+
+
+def _is_attention(node: Node) -> bool:
+    """A matmul of two computed values: no weight is one of them."""
+    return call_name(node) == "aten.matmul" and all(
+        isinstance(arg, Node) and arg.op == "call_function" for arg in node.args
+    )
+
+
+def _annotate_matmul(node: Node, rest: QuantizationConfig, cache: QuantizationSpec) -> None:
+    left, right = node.args
+    node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+        input_qspec_map={left: rest.input_activation, right: cache},
+        output_qspec=rest.output_activation,
+        _annotated=True,
+    )
+    _annotate_source(right, cache)
+
+
+def _annotate_source(node: Node, cache: QuantizationSpec) -> None:
+    """Let views and joins between a projection and its matmul compute in the cache's encoding."""
+    views = []
+    while is_view(node):
+        views.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    for view in _in_eight_bits(views, node):
+        _share(view, [view.args[0]], cache)  # type: ignore[list-item]
+    if call_name(node) == "aten.cat":
+        parts: list[Node] = list(node.args[0])  # type: ignore[arg-type]
+        _share(node, parts, cache)
+        for part in parts:
+            _annotate_source(part, cache)
+
+
+def _in_eight_bits(views: list[Node], source: Node) -> list[Node]:
+    """Those of ``views`` (nearest to the matmul first) that take the cache's encoding.
+
+    HTP reshapes within one dtype only, and the stock passes put reshapes of their own behind a
+    projection and lose the change of dtype there. So it comes at the last transposition.
+    """
+    if call_name(source) not in PROJECTIONS or not views:
+        return views
+    turns = (i for i, view in enumerate(views) if call_name(view) in _TRANSPOSITIONS)
+    return views[: next(turns, 0) + 1]
+
+
+def _share(node: Node, inputs: list[Node], cache: QuantizationSpec) -> None:
+    first = inputs[0]
+    shared = SharedQuantizationSpec((first, node))
+    specs: dict[Node, QuantizationSpec | SharedQuantizationSpec] = dict.fromkeys(inputs, shared)
+    specs[first] = cache
+    node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+        input_qspec_map=specs, output_qspec=shared, _annotated=True
+    )
+
+
+def keep_float_activations(module: GraphModule) -> None:
+    """Drop what a recipe with float activations says of them, which stock PT2E cannot prepare.
+
+    The stock rules let outputs share the encoding of an input that has none.
+    """
+    for node in module.graph.nodes:
+        annotation = node.meta.get(Q_ANNOTATION_KEY)
+        if annotation is None:
+            continue
+        annotation.input_qspec_map = {
+            source: spec
+            for source, spec in annotation.input_qspec_map.items()
+            if isinstance(spec, QuantizationSpec)
+        }
+        if not isinstance(annotation.output_qspec, QuantizationSpec):
+            annotation.output_qspec = None
+
+
+def block_sizes(module: GraphModule, size_of: Callable[[Node], int | None]) -> dict[str, tuple]:
+    """The map for ``QnnQuantizer.set_block_size_map``: each projection that ``size_of`` gives one.
+
+    ``size_of`` takes a linear or conv2d call and returns its block of input features, or None.
+    """
+    sizes = {}
+    for node in module.graph.nodes:
+        if call_name(node) in PROJECTIONS and (size := size_of(node)) is not None:
+            rank = node.args[1].meta["val"].dim()
+            sizes[node.name] = (1, size, *(1,) * (rank - 2))
+    return sizes
+
+
+def own_block_sizes(sizes: dict[str, tuple]) -> Callable[[GraphModule], None]:
+    """An annotation that gives each projection in ``sizes`` a weight observer of its own blocks.
+
+    The stock quantizer puts every size into one shared observer, so that the last one counts.
+    """
+
+    def annotate(module: GraphModule) -> None:
+        for node in module.graph.nodes:
+            if node.name in sizes:
+                specs = node.meta[Q_ANNOTATION_KEY].input_qspec_map
+                spec = specs[node.args[1]]
+                keywords = {**spec.observer_or_fake_quant_ctr.p.keywords}
+                keywords["block_size"] = sizes[node.name]
+                own = PerBlockParamObserver.with_args(**keywords)
+                specs[node.args[1]] = dataclasses.replace(spec, observer_or_fake_quant_ctr=own)
+
+    return annotate
+
+
+def weight_width(node: Node) -> int:
+    """The input features of a projection."""
+    value: torch.Tensor = node.args[1].meta["val"]  # type: ignore[union-attr]
+    return int(value.shape[1])

@@ -1,0 +1,146 @@
+"""From a form of a decoder to a graph that the stock PT2E flow calibrates and converts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
+    PerBlockParamObserver,
+)
+from executorch.backends.qualcomm.quantizer.quantizer import (
+    ModuleQConfig,
+    QnnQuantizer,
+    QuantDtype,
+)
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import MinMaxObserver
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from edgepass.calibration.block_scales import snap_block_scales
+from edgepass.lowering.qnn_annotation import (
+    PROJECTIONS,
+    block_sizes,
+    keep_float_activations,
+    kv_annotation,
+    own_block_sizes,
+    weight_width,
+)
+from edgepass.lowering.qnn_recipes import QnnRecipe, check_kv_bits
+from edgepass.ops.encodings_file import split_block_scales
+from edgepass.ops.errors import EncodingError, InvalidArgumentError
+from edgepass.passes.linear_to_conv2d import LinearToConv2d
+from edgepass.passes.pipeline import Pipeline
+from edgepass.passes.value_names import call_name, module_path
+
+
+@dataclass(frozen=True)
+class QnnQuantization:
+    """How a decoder is quantized: the recipe, the blocks of LPBQ weights, the bits of the caches.
+
+    ``block_size`` are the input features of a block; ``layer_block_sizes`` gives others to the
+    modules whose path ends in a key (``{"down_proj": 64}``). ``soc`` is the stock chip.
+
+    Raises InvalidArgumentError for cache bits that do not fit the recipe.
+    """
+
+    recipe: QnnRecipe
+    soc: Any
+    kv_bits: int = 8
+    block_size: int = 32
+    layer_block_sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_kv_bits(self.recipe, self.kv_bits)
+
+    def prepare(self, program: ExportedProgram) -> GraphModule:
+        """Return ``program`` with observers, to be run on calibration inputs.
+
+        Raises InvalidArgumentError for a block size that does not divide a projection's width, and
+        EncodingError for weights beyond fp16.
+        """
+        _check_weights(program)
+        if self.recipe.blocks:
+            program = Pipeline([LinearToConv2d()]).run(program).program
+        # Guards are calls of their own that would stand among an input's users.
+        module: Any = program.module(check_guards=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return prepare_pt2e(module, self._quantizer(module))
+
+    def convert(self, prepared: GraphModule) -> GraphModule:
+        """Return the calibrated ``prepared`` with quantize and dequantize calls.
+
+        Block scales are those that HTP stores, so that the graph computes what the device will.
+        """
+        _snap_observed_blocks(prepared)
+        converted = convert_pt2e(prepared)
+        snap_block_scales(converted)
+        return converted
+
+    def _quantizer(self, module: GraphModule) -> QnnQuantizer:
+        quantizer = QnnQuantizer(soc_model=self.soc)
+        quantizer.set_default_quant_config(
+            self.recipe.quant_dtype(),
+            is_conv_per_channel=True,
+            is_linear_per_channel=True,
+            act_observer=MinMaxObserver,
+        )
+        if self.recipe.activation_bits == 8:
+            quantizer.set_submodule_qconfig_list([(_is_no_projection, _sixteen_bits())])
+        custom: list[Callable[[GraphModule], None]] = []
+        if self.recipe.blocks:
+            sizes = block_sizes(module, self._block_size)
+            quantizer.set_block_size_map(sizes)
+            custom.append(own_block_sizes(sizes))
+        if self.recipe.activation_bits is None:
+            custom.append(keep_float_activations)
+        elif self.kv_bits == 8:
+            custom.append(kv_annotation())
+        quantizer.add_custom_quant_annotations(custom)
+        return quantizer
+
+    def _block_size(self, node: Node) -> int:
+        path, width = module_path(node), weight_width(node)
+        own = [size for name, size in self.layer_block_sizes.items() if path.endswith(name)]
+        size = own[0] if own else self.block_size
+        if size < 1 or width % size:
+            raise InvalidArgumentError(
+                f"got block_size={size}, which does not divide the {width} input features of "
+                f"{path}; accepted are divisors of {width}"
+            )
+        return size
+
+
+def _snap_observed_blocks(prepared: GraphModule) -> None:
+    """Let block observers give the scales that HTP stores, so that weights are rounded by them."""
+    for observer in prepared.modules():
+        if isinstance(observer, PerBlockParamObserver):
+            scale, _ = observer.calculate_qparams()
+            channel, steps = split_block_scales(scale.reshape(scale.shape[0], -1))
+            ends = (channel[:, None] * steps).reshape(scale.shape) * observer.quant_max
+            observer.min_val.copy_(-ends.reshape(observer.min_val.shape))
+            observer.max_val.copy_(ends.reshape(observer.max_val.shape))
+
+
+def _is_no_projection(node: Node) -> bool:
+    return call_name(node) not in PROJECTIONS
+
+
+def _sixteen_bits() -> ModuleQConfig:
+    return ModuleQConfig(QuantDtype.use_16a8w, act_observer=MinMaxObserver)
+
+
+def _check_weights(program: ExportedProgram) -> None:
+    """Refuse weights that the stock quantizer would replace in place, without a word."""
+    for name, weight in program.named_parameters():
+        largest = weight.detach().abs().max().item() if weight.is_floating_point() else 0.0
+        if largest >= torch.finfo(torch.float16).max:
+            raise EncodingError(
+                f"weight beyond fp16: got {name} with a magnitude of {largest:.4g}, accepted are "
+                f"magnitudes below {torch.finfo(torch.float16).max:.0f}"
+            )

@@ -1,0 +1,124 @@
+"""A decoder quantized on the chunk: its forms compute what the chunk graph computes.
+
+The reference is the fake-quantized chunk graph over the same text, and the float model. Needs the
+QNN libraries for the stock quantizer alone; nothing is compiled here.
+"""
+
+import pytest
+import torch
+
+from edgepass.ops.errors import EncodingError, InvalidArgumentError
+from tests.lowering.qnn_programs import (
+    CHUNK,
+    CONTEXT,
+    needs_libraries,
+    quantization,
+    quantized,
+    tokens,
+)
+from tests.models.cache_steps import run_chained
+from tests.passes.programs import sqnr_db
+
+pytestmark = needs_libraries
+
+
+def chained(found, text):
+    forms, graphs = found.forms, found.graphs
+    plan = [
+        (forms["prefill_forward"], [CHUNK, CHUNK]),
+        (forms["kv_forward"], [1] * (CONTEXT - 1 - 2 * CHUNK)),
+    ]
+    run = {form: graphs[name] for name, form in forms.items()}
+    return run_chained(found.decoder, text, plan, run)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"), [("qwen3", "8a8w"), ("gemma3_text", "16a4w_block"), ("qwen3", "fp16a8w")]
+)
+def test_prefill_and_decode_chained_equal_the_chunk(family, recipe) -> None:
+    found, text = quantized(family, recipe), tokens(seed=1)
+    with torch.no_grad():
+        whole = found.chunk_graph(*found.chunk.inputs(text))[0][0, : CONTEXT - 1]
+        exact = found.decoder.model(text[None]).logits[0, : CONTEXT - 1]
+        steps = chained(found, text)
+    # Step by step within 1 dB of the chunk, against the float model.
+    assert abs(sqnr_db(exact, steps) - sqnr_db(exact, whole)) < 1
+    assert sqnr_db(exact, whole) > 8
+
+
+def test_the_caches_are_eight_bits_for_linears_and_convolutions() -> None:
+    from edgepass.lowering.qnn_io import describe_io, io_encodings
+
+    for recipe in ("16a8w", "16a4w_block"):
+        found = quantized("qwen3", recipe)
+        for graph in found.graphs.values():
+            entering, leaving = io_encodings(graph)
+            caches = [*entering[-2:], *leaving[-2:]]
+            assert [(each.bits, int(each.zero_point)) for each in caches] == [(8, 128)] * 4
+        facts = describe_io(found)
+        assert facts["mask"] == {"dtype": "uint16", "visible": 65535, "hidden": 0}
+
+
+def test_embeddings_instead_of_tokens() -> None:
+    found = quantized("llama", "16a8w", embeddings=True)
+    assert found.forms["kv_forward"].inputs(torch.zeros(1, 64))[0].shape == (1, 1, 64)
+    assert "inputs_embeds" not in found.encodings and len(found.encodings) > 50
+
+
+def test_mixed_block_sizes_are_each_module_s_own() -> None:
+    found = quantized("qwen3", "16a4w_block", layer_block_sizes={"down_proj": 16, "q_proj": 64})
+    blocks = {
+        name.removesuffix(".weight").rpartition(".")[2]: encoding.block
+        for name, encoding in found.encodings.parameters.items()
+        if encoding.block is not None
+    }
+    assert blocks["down_proj"] == 16 and blocks["up_proj"] == 32
+    assert blocks["q_proj"] == 64 and blocks["lm_head"] == 32
+
+
+def test_a_block_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="got block_size=48, which does not divide the"):
+        quantized("qwen3", "16a4w_block", block_size=48)
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [("16a8w", 4), ("8a8w", 16), ("fp16a8w", 8)])
+def test_cache_bits_that_do_not_fit_are_refused(recipe, bits) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"got kv_bits={bits} for recipe={recipe}"):
+        quantized("qwen3", recipe, kv_bits=bits)
+
+
+class _Divide(torch.nn.Module):
+    def forward(self, x):
+        return x / (x - x)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda mlp: mlp.up_proj.weight[:1, :1].fill_(float("nan")),
+            r"in .*up_proj\.weight during",
+        ),
+        (lambda mlp: mlp.up_proj.weight.fill_(1e5), r"beyond fp16: got .*up_proj\.weight with"),
+        (lambda mlp: setattr(mlp, "act_fn", _Divide()), r"not finite: got .* in .*mlp\.act_fn \("),
+    ],
+)
+def test_what_is_not_finite_is_refused_and_named(damage, message) -> None:
+    from edgepass.calibration.observe import observe
+    from edgepass.models.cache_decoder import CacheIoDecoder, export_form
+    from tests.models.tiny_models import tiny_model
+
+    model = tiny_model("qwen3", num_hidden_layers=1)
+    damage(model.model.layers[0].mlp)
+    form = CacheIoDecoder(model, CONTEXT).form(CONTEXT)
+    with pytest.raises(EncodingError, match=message):
+        prepared = quantization("16a8w").prepare(export_form(form))
+        observe(prepared, [form.inputs(tokens())])
+
+
+def test_texts_of_two_lengths_are_refused() -> None:
+    from edgepass.lowering.qnn_decoder import quantize_decoder
+
+    found = quantized("qwen3", "fp16a8w")
+    with pytest.raises(InvalidArgumentError, match=r"got lengths \[5, 6\]"):
+        quantize_decoder(found.decoder, None, [tokens(5), tokens(6)], CHUNK)

@@ -1,0 +1,24 @@
+"""Names of recipes and chips; unknown ones are listed."""
+
+import pytest
+
+from edgepass.lowering.qnn_recipes import QNN_RECIPES, check_kv_bits, find_chip, find_qnn_recipe
+from edgepass.ops.errors import InvalidArgumentError
+
+
+@pytest.mark.parametrize("name", QNN_RECIPES)
+def test_each_recipe_is_one_of_the_stock_backend(name) -> None:
+    recipe = find_qnn_recipe(name)
+    assert recipe.quant_dtype().name == f"use_{name}"
+    check_kv_bits(recipe, 16 if recipe.activation_bits is None else 8)
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"got recipe='8da4w' .* accepted are 8a8w, "):
+        find_qnn_recipe("8da4w")
+
+
+def test_an_unknown_chip_is_refused_with_the_known_ones() -> None:
+    assert find_chip("SM8650").name == "SM8650"
+    with pytest.raises(InvalidArgumentError, match=r"got soc='SM1', accepted are .*SM8650"):
+        find_chip("SM1")

@@ -21,9 +21,9 @@ from executorch.export import (
 from torch.export import ExportedProgram
 
 from edgepass.calibration.recipes import torchao_configs
+from edgepass.lowering.edge_forms import edge_config
 from edgepass.lowering.vulkan_hooks import FusedVulkanPartitioner
 from edgepass.lowering.vulkan_hooks import fuse as fuse_for_vulkan
-from edgepass.lowering.xnnpack import EDGE_CONFIG
 from edgepass.lowering.xnnpack_hooks import fuse as fuse_for_xnnpack
 from edgepass.lowering.xnnpack_partition import FusedXnnpackPartitioner
 from edgepass.ops.errors import InvalidArgumentError
@@ -73,7 +73,7 @@ class EdgepassRecipeProvider(BackendRecipeProvider):
             quantization_recipe=QuantizationRecipe(ao_quantization_configs=[config]),
             aten_transform_passes=[lambda method, program: fuse(program)],
             lowering_recipe=LoweringRecipe(
-                partitioners=partitioners(), edge_compile_config=EDGE_CONFIG
+                partitioners=partitioners(), edge_compile_config=edge_config()
             ),
             executorch_backend_config=ExecutorchBackendConfig(extract_delegate_segments=True),
             strict=False,

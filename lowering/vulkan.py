@@ -17,9 +17,10 @@ from executorch.exir import (
 )
 from torch.export import ExportedProgram
 
+from edgepass.lowering.edge_forms import edge_config
 from edgepass.lowering.stages import Stages
 from edgepass.lowering.vulkan_declined import Declined, Fused
-from edgepass.lowering.vulkan_edge import EDGE_CONFIG, to_edge_directly
+from edgepass.lowering.vulkan_edge import to_edge_directly
 from edgepass.lowering.vulkan_lowered import name_for_runtime
 from edgepass.lowering.vulkan_partition import EdgepassVulkanPartitioner
 from edgepass.lowering.vulkan_rewrite import Rewritten, rewrite_for_vulkan
@@ -92,5 +93,5 @@ def lower_vulkan(
 
 def _to_edge(rewritten: Rewritten) -> EdgeProgramManager:
     if rewritten.whole:
-        return EdgeProgramManager(to_edge_directly(rewritten.program), compile_config=EDGE_CONFIG)
-    return to_edge(rewritten.program, compile_config=EDGE_CONFIG)
+        return EdgeProgramManager(to_edge_directly(rewritten.program), compile_config=edge_config())
+    return to_edge(rewritten.program, compile_config=edge_config())

@@ -12,35 +12,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from executorch.exir import EdgeCompileConfig
 from executorch.exir.dialects._ops import ops as exir_ops
-from executorch.exir.verification.verifier import EXIREdgeDialectVerifier
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from edgepass.lowering import vulkan_kernels  # noqa: F401  (defines the runtime's operators)
+from edgepass.lowering.edge_forms import BINARY, RENAMED, edge_program, joins_one_dtype
 from edgepass.lowering.vulkan_plain import is_outside
 from edgepass.passes.program import WorkingProgram
 from edgepass.passes.targets import argument
 
 _aten, _edge = torch.ops.aten, exir_ops.edge
-EDGE_CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
 
 # Same arguments, same meaning: only the name changes.
 _RENAMED: dict[Any, Any] = {
-    _aten.view.default: _edge.aten.view_copy.default,
-    _aten.reshape.default: _edge.aten.view_copy.default,
-    _aten.unsqueeze.default: _edge.aten.unsqueeze_copy.default,
-    _aten.permute.default: _edge.aten.permute_copy.default,
-    _aten.slice.Tensor: _edge.aten.slice_copy.Tensor,
-    _aten.select.int: _edge.aten.select_copy.int,
-    _aten.cat.default: _edge.aten.cat.default,
+    **RENAMED,
     _aten.constant_pad_nd.default: _edge.aten.constant_pad_nd.default,
-    _aten.sigmoid.default: _edge.aten.sigmoid.default,
-    _aten.tanh.default: _edge.aten.tanh.default,
-    _aten.relu.default: _edge.aten.relu.default,
-    _aten.gelu.default: _edge.aten.gelu.default,
     torch.ops.et_vk.select_as_symint.default: _edge.et_vk.select_as_symint.default,
     torch.ops.et_vk.embedding_q4gsw.default: _edge.et_vk.embedding_q4gsw.default,
     torch.ops.et_vk.linear_q4gsw.default: _edge.et_vk.linear_q4gsw.default,
@@ -50,13 +38,6 @@ _RENAMED: dict[Any, Any] = {
     # As an edge operator it passes for functional: the caches belong to the delegate alone.
     torch.ops.llama.sdpa_with_kv_cache.default: _edge.llama.sdpa_with_kv_cache.default,
     torch.ops.torchao.choose_qparams_affine.default: _edge.torchao.choose_qparams_affine.default,
-}
-# Of two float tensors of one dtype; anything else needs stock's promotions.
-_BINARY: dict[Any, Any] = {
-    _aten.add.Tensor: _edge.aten.add.Tensor,
-    _aten.sub.Tensor: _edge.aten.sub.Tensor,
-    _aten.mul.Tensor: _edge.aten.mul.Tensor,
-    _aten.div.Tensor: _edge.aten.div.Tensor,
 }
 # The runtime packs the weights of these when it loads, so they must be constants.
 _WEIGHTED: dict[Any, tuple[Any, tuple[int, ...]]] = {
@@ -83,25 +64,14 @@ def to_edge_directly(program: ExportedProgram) -> ExportedProgram:
     for node in list(program.graph.nodes):
         if node.op == "call_function" and node.target not in _KEPT:
             _convert(program.graph, node)
-    program.graph_module.recompile()
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=program.graph,
-        graph_signature=program.graph_signature,
-        state_dict=program.state_dict,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        constants=program.constants,
-        verifiers=[EXIREdgeDialectVerifier(edge_compile_config=EDGE_CONFIG, class_only=True)],
-    )
+    return edge_program(program, program.graph_signature)
 
 
 def _is_direct(node: Node) -> bool:
     if is_outside(node) or not all(_fits(value) for value in _values(node)):
         return False
-    if node.target in _BINARY:
-        operands = [arg.meta["val"].dtype for arg in node.args if isinstance(arg, Node)]
-        return len(operands) == 2 and operands[0] == operands[1] and not node.kwargs
+    if node.target in BINARY:
+        return joins_one_dtype(node)
     if node.target is _aten.gelu.default:
         # Stock takes `approximate="none"` too, and the runtime then computes the tanh form.
         return argument(node, "approximate") == "tanh"
@@ -136,7 +106,7 @@ def _convert(graph: Graph, node: Node) -> None:
         form(graph, node)
 
 
-_NAMES = {**_RENAMED, **_BINARY, **{raw: edge for raw, (edge, _) in _WEIGHTED.items()}}
+_NAMES = {**_RENAMED, **BINARY, **{raw: edge for raw, (edge, _) in _WEIGHTED.items()}}
 
 
 def _transpose(graph: Graph, node: Node) -> None:

@@ -20,10 +20,11 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
 from torch.export import ExportedProgram
 
 import edgepass.lowering.xnnpack_visitors  # noqa: F401  (registers the visitors)
+from edgepass.lowering.edge_forms import edge_config
 from edgepass.lowering.shape_symbols import settle_symbols
 from edgepass.lowering.shapes_only import replace_delegates, with_shapes_only
 from edgepass.lowering.stages import Stages
-from edgepass.lowering.xnnpack_edge import EDGE_CONFIG, has_direct_form, to_edge_directly
+from edgepass.lowering.xnnpack_edge import has_direct_form, to_edge_directly
 from edgepass.lowering.xnnpack_linear import Declined, prepare_linears
 from edgepass.lowering.xnnpack_partition import FusedXnnpackPartitioner
 from edgepass.lowering.xnnpack_prepare import prepare
@@ -73,12 +74,12 @@ def prepare_for_xnnpack(
 
 def _delegate(prepared: ExportedProgram) -> EdgeProgramManager:
     if has_direct_form(prepared):
-        edge = EdgeProgramManager(to_edge_directly(prepared), compile_config=EDGE_CONFIG)
+        edge = EdgeProgramManager(to_edge_directly(prepared), compile_config=edge_config())
         edge = edge.to_backend(FusedXnnpackPartitioner())
         replace_delegates(edge, lambda each: with_shapes_only(each, each.backend_id))
         return edge
     return to_edge_transform_and_lower(
-        prepared, partitioner=[FusedXnnpackPartitioner()], compile_config=EDGE_CONFIG
+        prepared, partitioner=[FusedXnnpackPartitioner()], compile_config=edge_config()
     )
 
 

@@ -11,9 +11,7 @@ import operator
 from typing import Any
 
 import torch
-from executorch.exir import EdgeCompileConfig
 from executorch.exir.dialects._ops import ops as exir_ops
-from executorch.exir.verification.verifier import EXIREdgeDialectVerifier
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
@@ -24,28 +22,18 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Graph, Node
 
+from edgepass.lowering.edge_forms import BINARY, RENAMED, edge_program, joins_one_dtype
 from edgepass.passes.targets import argument, is_call
 
 _aten, _edge = torch.ops.aten, exir_ops.edge
-EDGE_CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
 
 # Same arguments, same meaning: only the name changes.
 _RENAMED: dict[Any, Any] = {
-    _aten.view.default: _edge.aten.view_copy.default,
-    _aten.reshape.default: _edge.aten.view_copy.default,
-    _aten.permute.default: _edge.aten.permute_copy.default,
+    **RENAMED,
     _aten.permute_copy.default: _edge.aten.permute_copy.default,
-    _aten.slice.Tensor: _edge.aten.slice_copy.Tensor,
-    _aten.select.int: _edge.aten.select_copy.int,
-    _aten.unsqueeze.default: _edge.aten.unsqueeze_copy.default,
-    _aten.cat.default: _edge.aten.cat.default,
     _aten.embedding.default: _edge.aten.embedding.default,
     _aten.linear.default: _edge.aten.linear.default,
     _aten.silu.default: _edge.aten.silu.default,
-    _aten.gelu.default: _edge.aten.gelu.default,
-    _aten.sigmoid.default: _edge.aten.sigmoid.default,
-    _aten.tanh.default: _edge.aten.tanh.default,
-    _aten.relu.default: _edge.aten.relu.default,
     _aten.neg.default: _edge.aten.neg.default,
     _aten.exp.default: _edge.aten.exp.default,
     _aten.rsqrt.default: _edge.aten.rsqrt.default,
@@ -60,14 +48,7 @@ for _name in ("linear_qta8a_qga4w.dynamic", "rms_norm", "rotary", "masked_attent
     _packet, _, _overload = _name.partition(".")
     _raw, _dialect = getattr(torch.ops.edgepass, _packet), getattr(_edge.edgepass, _packet)
     _RENAMED[getattr(_raw, _overload or "default")] = getattr(_dialect, _overload or "default")
-# Of two tensors of one dtype; anything else needs stock's promotions.
-_BINARY: dict[Any, Any] = {
-    _aten.add.Tensor: _edge.aten.add.Tensor,
-    _aten.sub.Tensor: _edge.aten.sub.Tensor,
-    _aten.mul.Tensor: _edge.aten.mul.Tensor,
-    _aten.div.Tensor: _edge.aten.div.Tensor,
-}
-_NAMES = {**_RENAMED, **_BINARY}
+_NAMES = {**_RENAMED, **BINARY}
 _UPDATE = torch.ops.llama.update_cache.default
 _KEPT = {
     *(operator.getitem, operator.add, operator.ge, operator.le),
@@ -111,26 +92,14 @@ def to_edge_directly(program: ExportedProgram) -> ExportedProgram:
             node.meta["unbacked_bindings"] = {node.meta["val"].node.expr: ()}
         _make_contiguous(node)
     signature = _with_writes(program, written)
-    program.graph_module.recompile()
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=graph,
-        graph_signature=signature,
-        state_dict=program.state_dict,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        constants=program.constants,
-        verifiers=[EXIREdgeDialectVerifier(edge_compile_config=EDGE_CONFIG, class_only=True)],
-    )
+    return edge_program(program, signature)
 
 
 def _is_direct(node: Node, program: ExportedProgram) -> bool:
     if node.target in _KEPT or node.target is _UPDATE:
         return True
-    if node.target in _BINARY:
-        operands = [arg.meta.get("val") for arg in node.args if isinstance(arg, Node)]
-        tensors = [value for value in operands if isinstance(value, Tensor)]
-        return len(tensors) == 2 and tensors[0].dtype == tensors[1].dtype and not node.kwargs
+    if node.target in BINARY:
+        return joins_one_dtype(node)
     if is_call(node, "aten.embedding"):
         return not argument(node, "scale_grad_by_freq") and not argument(node, "sparse")
     return node.target in _RENAMED

@@ -11,8 +11,9 @@ from executorch.exir.backend.utils import tag_constant_data, tag_mutated_buffer
 from torch import nn
 from torch.export import ExportedProgram
 
+from edgepass.lowering.edge_forms import edge_config
 from edgepass.lowering.vulkan_backend import EdgepassVulkanBackend, is_final
-from edgepass.lowering.vulkan_edge import EDGE_CONFIG, to_edge_directly
+from edgepass.lowering.vulkan_edge import to_edge_directly
 from edgepass.lowering.vulkan_rewrite import rewrite_for_vulkan
 from tests.lowering.vulkan_files import Delegate, read_graph
 from tests.lowering.vulkan_programs import Decoder, Mlp, export_decoder, export_tokens
@@ -36,13 +37,13 @@ class TakeAll(Partitioner):
 
 def ours(program: ExportedProgram, specs: list[CompileSpec]) -> Delegate:
     rewritten = rewrite_for_vulkan(program, merge=True, half=bool(specs))
-    edge = EdgeProgramManager(to_edge_directly(rewritten.program), compile_config=EDGE_CONFIG)
+    edge = EdgeProgramManager(to_edge_directly(rewritten.program), compile_config=edge_config())
     return delegate(edge, EdgepassVulkanBackend.__name__, specs)
 
 
 def stocks(program: ExportedProgram, specs: list[CompileSpec]) -> Delegate:
     rewritten = rewrite_for_vulkan(program, merge=True, half=bool(specs))
-    edge = to_edge(rewritten.program, compile_config=EDGE_CONFIG)
+    edge = to_edge(rewritten.program, compile_config=edge_config())
     return delegate(edge, VulkanBackend.__name__, specs)
 
 

@@ -4,7 +4,8 @@ import torch
 from executorch.exir import to_edge
 from torch import Tensor, nn
 
-from edgepass.lowering.vulkan_edge import EDGE_CONFIG, has_direct_form, to_edge_directly
+from edgepass.lowering.edge_forms import edge_config
+from edgepass.lowering.vulkan_edge import has_direct_form, to_edge_directly
 from edgepass.lowering.vulkan_rewrite import rewrite_for_vulkan
 from edgepass.passes.program import WorkingProgram
 from tests.lowering.vulkan_programs import Mlp, export_tokens
@@ -27,7 +28,7 @@ def is_direct(function) -> bool:
 def test_the_graph_is_that_of_stock() -> None:
     program = export_tokens(Mlp(), 64)
     rewritten = [rewrite_for_vulkan(program, merge=True, half=False).program for _ in range(2)]
-    stock = to_edge(rewritten[0], compile_config=EDGE_CONFIG).exported_program()
+    stock = to_edge(rewritten[0], compile_config=edge_config()).exported_program()
     direct = to_edge_directly(rewritten[1])
     calls = [
         [node.target for node in each.graph.nodes if node.op == "call_function"]

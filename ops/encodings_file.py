@@ -41,10 +41,10 @@ def write_encodings_file(path: str | os.PathLike[str], table: EncodingTable) -> 
     text = json.dumps(to_document(table), indent=1) + "\n"
     target = Path(path)
     try:
-        handle, staging = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(staging, target)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            staging = Path(folder) / target.name
+            staging.write_text(text, encoding="utf-8")
+            os.replace(staging, target)
     except OSError as error:
         raise OutputError(
             f"cannot write encodings={target}: {error.strerror or error}; give a folder that "

@@ -79,6 +79,23 @@ def test_a_file_appears_whole(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_others_may_read_it_as_any_file(tmp_path) -> None:
+    write_encodings_file(tmp_path / "encodings.json", TABLE)
+    (tmp_path / "plain").write_text("")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch) -> None:
+    def fail(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_encodings_file(tmp_path / "encodings.json", TABLE)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path) -> None:
     with pytest.raises(OutputError, match="absent"):
         write_encodings_file(tmp_path / "absent" / "encodings.json", TABLE)

@@ -66,7 +66,10 @@ def has_direct_form(program: ExportedProgram) -> bool:
         return False
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     others = {node.op for node in program.graph.nodes} - {"call_function", "placeholder", "output"}
-    return not others and all(_is_direct(node, program) for node in calls)
+    # A buffer that is itself an output would be returned as it was before its write.
+    returned = program.graph.output_node().args[0]
+    others |= {node.op for node in returned if isinstance(node, Node)} - {"call_function"}
+    return not others and all(map(_is_direct, calls))
 
 
 def to_edge_directly(program: ExportedProgram) -> ExportedProgram:
@@ -79,8 +82,8 @@ def to_edge_directly(program: ExportedProgram) -> ExportedProgram:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        for buffer, value in written.items():
-            node.replace_input_with(buffer, value)
+        for buffer in [source for source in node.all_input_nodes if source in written]:
+            node.replace_input_with(buffer, written[buffer])
         if node.target is _UPDATE:
             buffer = node.args[1]
             # A second write of one buffer finds the first's value in its place.
@@ -95,7 +98,7 @@ def to_edge_directly(program: ExportedProgram) -> ExportedProgram:
     return edge_program(program, signature)
 
 
-def _is_direct(node: Node, program: ExportedProgram) -> bool:
+def _is_direct(node: Node) -> bool:
     if node.target in _KEPT or node.target is _UPDATE:
         return True
     if node.target in BINARY:

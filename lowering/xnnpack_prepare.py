@@ -23,6 +23,10 @@ from edgepass.passes.targets import argument, is_call
 HIDDEN = -1e9
 
 _RULE = "prepare-xnnpack"
+_FLOAT32_ONLY = (
+    *("edgepass.rms_norm", "edgepass.rotary", "edgepass.masked_attention"),
+    "edgepass.linear_qta8a_qga4w",
+)
 
 
 @dataclass
@@ -42,7 +46,8 @@ def prepare(program: WorkingProgram, *, cache_dtype: torch.dtype = torch.float16
 
     ``cache_dtype``: what keys and values are stored in, float16 or float32. Half the cache is half
     of what every decoded token reads; 11 bits of mantissa are kept.
-    Raises ProgramError if an attention is not over one sequence (batch 1).
+    Raises ProgramError if an attention is not over one sequence (batch 1), or a fused operator's
+    values are not float32.
     """
     positions: dict[Node, Positions] = {}
     for node in list(program.graph.nodes):
@@ -56,8 +61,32 @@ def prepare(program: WorkingProgram, *, cache_dtype: torch.dtype = torch.float16
             _replace_view(program, node)
         elif is_call(node, "aten.transpose"):
             _replace_transpose(program, node)
+        elif is_call(node, "aten.silu") and node.meta["val"].dtype != torch.float32:
+            _spell_silu(program, node)
     program.graph.eliminate_dead_code()
     program.remove_unused_constants()
+    _require_float32(program)
+
+
+def _require_float32(program: WorkingProgram) -> None:
+    """Raise ProgramError for a fused operator of another dtype: no kernel would compute it."""
+    for node in program.graph.nodes:
+        if is_call(node, *_FLOAT32_ONLY) and node.meta["val"].dtype != torch.float32:
+            dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+            raise ProgramError(
+                f"cannot lower for XNNPACK: got {node.name} with dtype={dtype}, accepted is "
+                "float32: export the module after `.float()`"
+            )
+
+
+def _spell_silu(program: WorkingProgram, node: Node) -> None:
+    """The portable runtime has no silu, and XNNPACK's delegate only float32's."""
+    editor = Editor(program, node, _RULE)
+    x = node.args[0]
+    gate = editor.call(torch.ops.aten.sigmoid.default, x, like=node)
+    product = editor.call(torch.ops.aten.mul.Tensor, x, gate, like=node)
+    node.replace_all_uses_with(product)
+    program.graph.erase_node(node)
 
 
 def _positions(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from executorch.backends.transforms import get_shape
 from executorch.backends.xnnpack.operators.node_visitor import (
     NodeVisitor,
     register_node_visitor,
@@ -195,8 +194,3 @@ class CastVisitor(FusedOpVisitor):
     def emit(self, node: Node, emitter: Emitter, ids: ValueIds) -> None:
         x = self.input(node.args[0], emitter, ids)
         emitter.unary(XNNConvert, x, self.output(node, emitter, ids))
-
-
-def upper_bound(node: Node) -> list[int]:
-    """The sizes of a node's value with dynamic ones at their upper bound."""
-    return [int(size) for size in get_shape(node)]

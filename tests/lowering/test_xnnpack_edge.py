@@ -11,6 +11,7 @@ from edgepass.lowering import xnnpack
 from edgepass.lowering.report import delegates, outside_delegates
 from edgepass.lowering.vulkan import lower_vulkan
 from edgepass.models.decoder import StaticCacheDecoder, export_decoder
+from edgepass.ops.errors import ProgramError
 from edgepass.passes.pipelines import fusion_pipeline
 from tests.models.tiny_models import tiny_model
 
@@ -102,6 +103,39 @@ def test_a_changed_buffer_is_written_back() -> None:
     manager, _ = xnnpack.lower_xnnpack(torch.export.export(Counter(), (x,)))
     first, second = _run(manager, [(x,), (x,)])
     assert torch.equal(first, x * 2) and torch.equal(second, x * 4)
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_silu_that_no_kernel_has_is_spelt_out(dtype) -> None:
+    module, x = nn.SiLU(), torch.randn(3, 32).to(dtype)
+    manager, _ = xnnpack.lower_xnnpack(torch.export.export(module, (x,)))
+    (result,) = _run(manager, [(x,)])
+    torch.testing.assert_close(result, module(x), rtol=2e-2, atol=2e-2)
+
+
+class Norm(nn.Module):
+    """RMSNorm as Llama spells it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(32) + 0.5)
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return self.weight * wide.to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_fused_operators_of_half_values_are_refused(dtype) -> None:
+    module, x = Norm().to(dtype), torch.randn(2, 4, 32).to(dtype)
+    fused = fusion_pipeline().run(torch.export.export(module, (x,))).program
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ProgramError, match=f"got rms_norm.* with dtype={name}, accepted is float"):
+        xnnpack.lower_xnnpack(fused)
 
 
 def test_one_exported_program_is_lowered_again_and_again(monkeypatch) -> None:

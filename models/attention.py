@@ -98,6 +98,16 @@ def static_cache_mask(
     return q_offset.mask(local_size or 0)
 
 
+def refuse_other_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise CheckpointError if a model adds sinks or position biases to its scores."""
+    for term in ("s_aux", "position_bias"):
+        if kwargs.get(term) is not None:
+            raise CheckpointError(
+                f"no standard attention: got {type(module).__name__} with `{term}`; accepted are "
+                "layers that scale, mask and soften their scores only"
+            )
+
+
 def static_cache_attention(
     module: nn.Module,
     query: Tensor,
@@ -116,12 +126,7 @@ def static_cache_attention(
     Raises:
         CheckpointError: the model adds something else to its scores (sinks, position biases).
     """
-    for term in ("s_aux", "position_bias"):
-        if kwargs.get(term) is not None:
-            raise CheckpointError(
-                f"no standard attention: got {type(module).__name__} with `{term}`; accepted are "
-                "layers that scale, mask and soften their scores only"
-            )
+    refuse_other_terms(module, kwargs)
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scaling)
     groups = query.shape[1] // key.shape[1]

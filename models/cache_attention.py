@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from edgepass.models.attention import static_cache_mask
+from edgepass.models.attention import refuse_other_terms, static_cache_mask
 from edgepass.ops.errors import CheckpointError
 
 CACHE_IO_ATTENTION = "edgepass_cache_io"
@@ -121,12 +121,7 @@ def cache_io_attention(
     Raises:
         CheckpointError: the model adds something else to its scores (sinks, position biases).
     """
-    for term in ("s_aux", "position_bias"):
-        if kwargs.get(term) is not None:
-            raise CheckpointError(
-                f"no standard attention: got {type(module).__name__} with `{term}`; accepted are "
-                "layers that scale, mask and soften their scores only"
-            )
+    refuse_other_terms(module, kwargs)
     batch, heads, tokens, width = query.shape
     kv_heads, past = key.shape[1], key.shape[-1]
     rows = heads // kv_heads * tokens

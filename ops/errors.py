@@ -63,3 +63,9 @@ class EncodingError(EdgepassError):
     """An encoding is missing, ambiguous, malformed or of another model."""
 
     code = "encoding"
+
+
+class CalibrationError(EdgepassError):
+    """A calibration text cannot be used, or a checkpoint is of another calibration."""
+
+    code = "calibration"

@@ -149,6 +149,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    # The binding copies logits with torch, whose workers would spin on the runtime's cores.
+    torch.set_num_threads(1)
     decoders = {name: Decoder(path) for name, path in options.files}
     samples = measure(decoders, options)
     if options.json:

@@ -132,7 +132,7 @@ def generate(
     ids = tokenizer(prompt)["input_ids"]
     _check_lengths(len(ids), max_new_tokens, chunk, decoder.context)
     started = time.perf_counter()
-    token = int(decoder.prefill(ids, chunk).argmax())
+    token = _likeliest(decoder.prefill(ids, chunk))
     prefill_seconds = time.perf_counter() - started
     ends = _end_tokens(decoder, tokenizer)
     new: list[int] = []
@@ -143,7 +143,7 @@ def generate(
         if len(new) == max_new_tokens:
             break
         started = time.perf_counter()
-        token = int(decoder([token], len(ids) + steps).argmax())
+        token = _likeliest(decoder([token], len(ids) + steps))
         decode_seconds += time.perf_counter() - started
         steps += 1
     return Generation(
@@ -153,6 +153,11 @@ def generate(
         prefill_tokens_per_second=round(len(ids) / prefill_seconds, 2),
         decode_tokens_per_second=round(steps / decode_seconds, 2) if steps else 0.0,
     )
+
+
+def _likeliest(logits: torch.Tensor) -> int:
+    # By numpy: torch would start its workers for so long a vector (see _one_torch_thread).
+    return int(logits.numpy().argmax())
 
 
 def _tell(tokenizer: Any, new: list[int], shown: str, on_text: Callable[[str], None] | None) -> str:
@@ -233,7 +238,8 @@ def _load(path: Path) -> Callable[[list[torch.Tensor]], Any]:
 
     def run(inputs: list[torch.Tensor], _program: Any = program) -> Any:
         # The method points into the program: both must live.
-        return method.execute(inputs)
+        with _one_torch_thread():
+            return method.execute(inputs)
 
     return run
 
@@ -244,6 +250,20 @@ def _load_simulated(path: Path) -> Callable[[list[torch.Tensor]], Any]:
     program = SimulatedProgram(path)
     program.method()  # what cannot be run is told when it is loaded
     return program.run
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Keep torch's workers, which spin for a while after each copy, off the runtime's cores.
+
+    The binding copies the logits with torch; on two cores the spinning costs a quarter of a step.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

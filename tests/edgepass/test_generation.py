@@ -51,6 +51,16 @@ def test_logits_are_those_of_the_eager_model(lowered, decoder) -> None:
     assert signal_to_noise_db(found, expected[5:]) > 25
 
 
+def test_a_run_leaves_the_threads_of_torch_as_they_were(decoder) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        decoder([1], 0)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @given(st.integers(1, CONTEXT), st.integers(1, 40))
 @settings(max_examples=10)
 def test_prefill_gives_the_same_in_any_chunks(decoder, count: int, chunk: int) -> None:

@@ -1,8 +1,8 @@
-"""Named recipes: how the weights and activations of a model are quantized."""
+"""Quantizing a model in place by a recipe."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
 
 import torch
 from torch import nn
@@ -12,102 +12,87 @@ from torchao.quantization import (
     IntxWeightOnlyConfig,
     quantize_,
 )
-from torchao.quantization.granularity import PerGroup
+from torchao.quantization.granularity import Granularity, PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
-from torchao.utils import TorchAOBaseTensor
 
+from edgepass.calibration.recipe import Recipe
+from edgepass.calibration.recipe_file import find_recipe
+from edgepass.calibration.recipe_modules import plan_modules
+from edgepass.calibration.recipe_resolution import ModuleRecipe
 from edgepass.ops.errors import InvalidArgumentError
 
-_INT4 = torch.int4  # type: ignore[attr-defined]  # torch's stubs do not list it
+__all__ = ["find_recipe", "quantize_model", "torchao_config"]
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a name stands for.
-
-    Weights are symmetric int4 (-8..7) in groups of input features, float scales. ``mapping`` is
-    torchao's: ``SYMMETRIC_NO_CLIPPING_ERR`` takes the scale max(max / 7, -min / 8), so that no
-    weight is clipped. torchao's own default, ``SYMMETRIC``, takes max(|w|) / 7.5, which clips the
-    largest positive weight of a group by half a step; on the first 4,096 tokens of WikiText-2's
-    validation text SmolLM2-135M in 8da4w, groups of 32, then has perplexity 25.7 instead of 21.2
-    (15.8 in float).
-
-    ``dynamic_activations``: int8 per token, asymmetric; else activations stay float.
-    """
-
-    name: str
-    dynamic_activations: bool
-    mapping: MappingType = MappingType.SYMMETRIC_NO_CLIPPING_ERR
-
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("8da4w", dynamic_activations=True),
-        Recipe("4w", dynamic_activations=False),
-    )
+# The scale is max(max / 7, -min / 8), so that no weight is clipped. torchao's own default,
+# SYMMETRIC, takes max(|w|) / 7.5, which clips the largest positive weight of a group by half a
+# step; on the first 4,096 tokens of WikiText-2's validation text SmolLM2-135M in 8da4w, groups of
+# 32, then has perplexity 25.7 instead of 21.2 (15.8 in float).
+_MAPPINGS = {
+    "symmetric": MappingType.SYMMETRIC_NO_CLIPPING_ERR,
+    "asymmetric": MappingType.ASYMMETRIC,
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises InvalidArgumentError, listing the known ones."""
-    if name not in RECIPES:
-        raise InvalidArgumentError(
-            f"unknown recipe: got recipe={name!r}, accepted are {', '.join(RECIPES)}"
-        )
-    return RECIPES[name]
+def quantize_model(
+    model: nn.Module,
+    recipe: str | os.PathLike[str] | Recipe = "8da4w",
+    group_size: int | None = None,
+) -> nn.Module:
+    """Quantize the linears and embeddings of ``model`` in place by ``recipe``, and return it.
 
+    ``recipe`` is the name of a preset, the path of a recipe file, or a Recipe; ``group_size``
+    takes the place of the one that it has by default. A head that is tied to the embedding stays
+    equal to it, value for value, if both get the same, so that later passes store one table.
 
-def check_group_size(model: nn.Module, group_size: int) -> None:
-    """Raise InvalidArgumentError unless ``group_size`` divides every row that is quantized.
-
-    A weight that is quantized already is refused, too.
+    Raises InvalidArgumentError for an unknown recipe, one that needs another flow (static
+    activations), or one that does not fit the model; the model is then as it was.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            if isinstance(module.weight, TorchAOBaseTensor):
-                raise InvalidArgumentError(
-                    f"already quantized: got {name} with a {type(module.weight).__name__}, "
-                    "accepted are models with float weights (or export the model yourself)"
-                )
-            width = module.weight.shape[1]
-            if group_size < 2 or width % group_size:
-                raise InvalidArgumentError(
-                    f"got group_size={group_size}, which does not divide the {width} columns of "
-                    f"{name}; accepted are divisors of {width} from 2 on, such as 32"
-                )
-
-
-def quantize_model(model: nn.Module, recipe: str = "8da4w", group_size: int = 32) -> nn.Module:
-    """Quantize every linear and embedding of ``model`` in place by ``recipe``, and return it.
-
-    A head that is tied to the embedding stays equal to it, value for value, so that later passes
-    store one table. Raises InvalidArgumentError for an unknown recipe or a group size that does
-    not divide a row.
-    """
-    linear, table = torchao_configs(recipe, group_size)
-    check_group_size(model, group_size)
+    chosen = find_recipe(recipe)
+    if group_size is not None:
+        chosen = chosen.with_group_size(group_size)
+    planned = plan_modules(model, chosen)
+    configs = {each: torchao_config(each) for each in set(planned.values())}
     _untie(model)
-    quantize_(model, linear, lambda module, _: isinstance(module, nn.Linear))
-    quantize_(model, table, lambda module, _: isinstance(module, nn.Embedding))
+    for each, config in configs.items():
+        if config is not None:
+            quantize_(model, config, lambda _, path, each=each: planned.get(path) == each)
     return model
 
 
-def torchao_configs(recipe: str, group_size: int) -> tuple[AOBaseConfig, AOBaseConfig]:
-    """Return torchao's configurations of a recipe, for linears and for embeddings.
+def torchao_config(module: ModuleRecipe) -> AOBaseConfig | None:
+    """torchao's configuration for what a module gets; None for a module that stays float.
 
-    Raises InvalidArgumentError for an unknown recipe.
+    Raises InvalidArgumentError for what torchao's integer flow has no form of.
     """
-    chosen, groups = find_recipe(recipe), PerGroup(group_size)
-    weight_only = IntxWeightOnlyConfig(
-        weight_dtype=_INT4, granularity=groups, mapping_type=chosen.mapping
+    weights, activations = module.weights, module.activations
+    if weights.bits is None:
+        return None
+    _require("weights.bits", weights.bits, 2, 3, 4, 5, 6, 7, 8)
+    _require("weights.granularity", weights.granularity, "group", "channel")
+    _require("weights.mapping", weights.mapping, *_MAPPINGS)
+    _require("weights.algorithm", weights.algorithm, "rtn")
+    _require("activations.kind", activations.kind, "dynamic", "none")
+    dtype = getattr(torch, f"int{weights.bits}")
+    groups: Granularity = PerAxis(0)
+    if weights.group_size is not None:
+        groups = PerGroup(weights.group_size)
+    mapping = _MAPPINGS[weights.mapping]
+    if activations.kind == "none":
+        return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=groups, mapping_type=mapping)
+    _require("activations.bits", activations.bits, 8)
+    _require("activations.granularity", activations.granularity, "token")
+    _require("activations.mapping", activations.mapping, "asymmetric")
+    return Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=dtype, weight_granularity=groups, weight_mapping_type=mapping
     )
-    if not chosen.dynamic_activations:
-        return weight_only, weight_only
-    linear = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=_INT4, weight_granularity=groups, weight_mapping_type=chosen.mapping
-    )
-    return linear, weight_only
+
+
+def _require(name: str, value: object, *accepted: object) -> None:
+    if value not in accepted:
+        raise InvalidArgumentError(
+            f"got {name}={value} for torchao's integer weights, accepted are "
+            f"{', '.join(map(str, accepted))}"
+        )
 
 
 def _untie(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,24 +10,52 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from edgepass.calibration.recipe import Recipe
+from edgepass.calibration.recipe_modules import plan_modules, quantized_sites
 from edgepass.calibration.recipes import find_recipe, quantize_model
 from edgepass.device_check import add_device_check, decoder_samples
 from edgepass.lowering.explain import explain_for_backend
 from edgepass.lowering.lower import BACKENDS, DTYPES, LoweredProgram, check_choice
 from edgepass.lowering.lower import lower as lower_program
+from edgepass.lowering.recipe_legality import check_legality
 from edgepass.models.decoder import StaticCacheDecoder, export_decoder
 from edgepass.models.load import load_model
 from edgepass.passes.pipelines import fusion_pipeline
 from edgepass.passes.program import WorkingProgram
 
-__all__ = ["check_options", "explain", "export_quantized", "load_model", "lower", "short_context"]
+__all__ = [
+    "check_options",
+    "choose_recipe",
+    "explain",
+    "export_quantized",
+    "load_model",
+    "lower",
+    "short_context",
+]
 
 
-def check_options(backend: str, recipe: str, dtype: str) -> None:
-    """Raise InvalidArgumentError for an unknown name, before any work is done."""
+AnyRecipe = str | os.PathLike[str] | Recipe
+
+
+def check_options(
+    backend: str, recipe: AnyRecipe, dtype: str, group_size: int | None = None
+) -> Recipe:
+    """Return the recipe that is meant.
+
+    Raises InvalidArgumentError for an unknown name or a recipe that ``backend`` cannot hold,
+    before any work is done.
+    """
     check_choice("backend", backend, BACKENDS)
     check_choice("dtype", dtype, DTYPES)
-    find_recipe(recipe)
+    chosen = choose_recipe(recipe, group_size)
+    check_legality(chosen, backend)
+    return chosen
+
+
+def choose_recipe(recipe: AnyRecipe, group_size: int | None = None) -> Recipe:
+    """The recipe of that name or file, with another group size if one is given."""
+    chosen = find_recipe(recipe)
+    return chosen if group_size is None else chosen.with_group_size(group_size)
 
 
 def short_context(model: Any) -> int:
@@ -38,8 +67,8 @@ def lower(
     model: nn.Module | ExportedProgram,
     *,
     backend: str,
-    recipe: str = "8da4w",
-    group_size: int = 32,
+    recipe: AnyRecipe = "8da4w",
+    group_size: int | None = None,
     context: int = 1024,
     check: bool = False,
     **options: Any,
@@ -47,11 +76,12 @@ def lower(
     """Lower a ``transformers`` causal language model, or any exported program.
 
     An ExportedProgram is taken as it is (``recipe``, ``group_size`` and ``context`` do not apply).
-    A model is quantized in place by ``recipe``, given a KV cache of ``context`` tokens and
-    exported. ``check`` runs the finished program on the host and reports how near it comes to the
-    eager fused program and to the unquantized model (``report["numerics"]``): on ``sample_inputs``
-    if these are given, else the program's examples, or a few random tokens. ``options`` are those
-    of ``edgepass.lowering.lower.lower``.
+    A model is quantized in place by ``recipe`` (a preset's name, a recipe file's path or a Recipe;
+    ``group_size`` takes the place of its own), given a KV cache of ``context`` tokens and exported.
+    ``check`` runs the finished program on the host and reports how near it comes to the eager fused
+    program and to the unquantized model (``report["numerics"]``): on ``sample_inputs`` if these are
+    given, else the program's examples, or a few random tokens. ``options`` are those of
+    ``edgepass.lowering.lower.lower``.
 
     Returns the result with ``.buffer``, ``.report`` and ``.save(folder)``. Raises an
     ``EdgepassError`` that names what is wrong and what would be accepted.
@@ -63,17 +93,20 @@ def lower(
             samples = options.get("sample_inputs")
             add_device_check(lowered, _examples(model) if samples is None else samples)
         return lowered
+    chosen = choose_recipe(recipe, group_size)
+    check_legality(chosen, backend, plan_modules(model, chosen), quantized_sites(model))
     samples, unquantized = _decoder_check(model, context, options) if check else ((), None)
-    program = export_quantized(model, recipe, group_size, context)
+    program = export_quantized(model, chosen, context)
     config: Any = model.config
     facts = {
-        "group_size": group_size,
+        "group_size": chosen.for_module("").weights.group_size,
+        "quantization": chosen.asked(),
         "context": context,
         "vocabulary": int(config.vocab_size),
         "layers": int(config.num_hidden_layers),
         "end_tokens": _end_tokens(model),
     }
-    lowered = lower_program(program, backend=backend, recipe=recipe, facts=facts, **options)
+    lowered = lower_program(program, backend=backend, recipe=chosen.name, facts=facts, **options)
     if check:
         add_device_check(lowered, samples, unquantized)
     return lowered
@@ -101,13 +134,11 @@ def _end_tokens(model: Any) -> list[int]:
     return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
 
 
-def export_quantized(
-    model: nn.Module, recipe: str, group_size: int, context: int
-) -> ExportedProgram:
+def export_quantized(model: nn.Module, recipe: AnyRecipe, context: int) -> ExportedProgram:
     """Quantize ``model`` in place and export it as a decoder with a static cache."""
-    find_recipe(recipe)
+    chosen = find_recipe(recipe)
     decoder = StaticCacheDecoder(model, context)
-    quantize_model(model, recipe, group_size)
+    quantize_model(model, chosen)
     return export_decoder(decoder)
 
 

@@ -29,10 +29,12 @@ Model = Annotated[
     str, typer.Option("--model", help="A directory, .gguf file, hub id, or smollm2-135m.")
 ]
 RecipeName = Annotated[
-    str, typer.Option(help="How it is quantized: 8da4w or 4w; for qnn as in 16a4w_block.")
+    str, typer.Option(help="How it is quantized: a name of `recipes list`, or a recipe file.")
 ]
 Backend = Annotated[str, typer.Option(help="xnnpack, vulkan or (lower only) qnn.")]
-GroupSize = Annotated[int, typer.Option(help="Weights that share one scale.")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Weights that share one scale, instead of the recipe's.")
+]
 Layers = Annotated[int | None, typer.Option(help="Keep the first N layers only.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
@@ -72,7 +74,7 @@ def lower(
     backend: Backend,
     out: Annotated[Path, typer.Option(help="Folder for model.pte, tokenizer and report.json.")],
     recipe: RecipeName = "8da4w",
-    group_size: GroupSize = 32,
+    group_size: GroupSize = None,
     context: Annotated[int, typer.Option(help="Tokens that the KV cache holds.")] = 1024,
     dtype: Annotated[str, typer.Option(help="fp32, or fp16 for vulkan.")] = "fp32",
     layers: Layers = None,
@@ -95,7 +97,7 @@ def lower(
         from edgepass.qnn import QnnOptions
         from edgepass.qnn_commands import check_foreign_options, lower_command
 
-        check_foreign_options(group_size=(group_size, 32), dtype=(dtype, "fp32"))
+        check_foreign_options(group_size=(group_size, None), dtype=(dtype, "fp32"))
         _check_writable(out)
         options = QnnOptions(soc, recipe, block_size, kv_bits, prefill_chunk, context)
         report = lower_command(
@@ -107,7 +109,7 @@ def lower(
         progress("load")
         from edgepass import api
 
-        api.check_options(backend, recipe, dtype)
+        chosen = api.check_options(backend, recipe, dtype, group_size)
         if calibration is not None:
             from edgepass.ops.errors import InvalidArgumentError
 
@@ -121,8 +123,7 @@ def lower(
         result = api.lower(
             loaded,
             backend=backend,
-            recipe=recipe,
-            group_size=group_size,
+            recipe=chosen,
             context=context,
             dtype=dtype,
             check=check,
@@ -158,7 +159,7 @@ def evaluate(
     folder: Annotated[Path | None, typer.Argument(help="A folder that `lower` wrote.")] = None,
     model: Annotated[str | None, typer.Option(help="Or a model, run eagerly.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Quantize the eager model by it.")] = None,
-    group_size: GroupSize = 32,
+    group_size: GroupSize = None,
     context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
     max_tokens: Annotated[int | None, typer.Option(help="Read this many tokens only.")] = None,
     layers: Layers = None,
@@ -216,7 +217,7 @@ def explain(
     model: Model,
     backend: Backend,
     recipe: RecipeName = "8da4w",
-    group_size: GroupSize = 32,
+    group_size: GroupSize = None,
     layers: Layers = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -226,10 +227,10 @@ def explain(
         progress("load")
         from edgepass import api
 
-        api.check_options(backend, recipe, "fp32")
+        chosen = api.check_options(backend, recipe, "fp32", group_size)
         loaded, _ = api.load_model(model, layers=layers, trust_remote_code=trust_remote_code)
         progress("export")
-        program = api.export_quantized(loaded, recipe, group_size, api.short_context(loaded))
+        program = api.export_quantized(loaded, chosen, api.short_context(loaded))
         progress("fuse")
         rows = api.explain(program, backend)
     console.show({"linears": rows}, as_json, lambda: console.print_linears(rows))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgepass.calibration.recipes import find_recipe, quantize_model
+from edgepass.api import choose_recipe
+from edgepass.calibration.recipes import quantize_model
 from edgepass.generation import load_decoder
 from edgepass.models.load import load_model, load_tokenizer
 from edgepass.models.rotary import longest_context
@@ -42,7 +43,7 @@ class Subject:
         spec: str,
         context: int,
         recipe: str | None = None,
-        group_size: int = 32,
+        group_size: int | None = None,
         layers: int | None = None,
         trust_remote_code: bool = False,
     ) -> Subject:
@@ -51,12 +52,11 @@ class Subject:
         Raises InvalidArgumentError for an unknown recipe, a group size that does not fit, or a
         ``context`` beyond the model's.
         """
-        if recipe is not None:
-            find_recipe(recipe)
+        chosen = None if recipe is None else choose_recipe(recipe, group_size)
         model, tokenizer = load_model(spec, layers=layers, trust_remote_code=trust_remote_code)
         _check_context(context, longest_context(model.config))
-        if recipe is not None:
-            quantize_model(model, recipe, group_size)
+        if chosen is not None:
+            quantize_model(model, chosen)
         return Subject(tokenizer, of_model(model))
 
     def perplexity(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from edgepass.calibration.recipe import Role
+from edgepass.calibration.recipe_presets import PRESETS
+from edgepass.calibration.recipe_resolution import ModuleRecipe
+from edgepass.lowering.recipe_part import Part
 from edgepass.ops.errors import InvalidArgumentError
+
+# Weight bits that the stock quantizer has beside the bits of activations (None: fp16).
+_WEIGHT_BITS: dict[int | None, tuple[int, ...]] = {8: (8, 4), 16: (16, 8, 4), None: (8,)}
 
 
 @dataclass(frozen=True)
 class QnnRecipe:
-    """What a name stands for: ``activation_bits`` 8 or 16, None for fp16; ``weight_bits``.
+    """What the backend is told: ``activation_bits`` 8 or 16, None for fp16; ``weight_bits``.
 
     Activations are asymmetric, one encoding a tensor; weights symmetric, one a channel, or with
     ``blocks`` one a block of input features (LPBQ). ``name`` is the stock ``QuantDtype``'s. With
@@ -30,17 +38,54 @@ class QnnRecipe:
         return QuantDtype[f"use_{self.name}"]
 
 
+def qnn_recipe(module: ModuleRecipe) -> QnnRecipe:
+    """What the backend is told of a linear that gets ``module``, which must be legal for it."""
+    activations, weights = module.activations, module.weights
+    bits = None if activations.kind == "none" else activations.bits
+    blocks = weights.granularity == "block"
+    assert weights.bits is not None, "qnn_parts refuses float weights"
+    name = f"{'fp16' if bits is None else bits}a{weights.bits}w{'_block' if blocks else ''}"
+    return QnnRecipe(name, bits, weights.bits, blocks)
+
+
+def qnn_parts(module: ModuleRecipe, role: Role) -> Iterator[Part]:
+    """What HTP does not hold of a module's recipe."""
+    weights, activations = module.weights, module.activations
+    if role == "embedding":
+        if weights.bits is not None:
+            yield Part("weights.bits", weights.bits, "none")
+        return
+    bits = None if activations.kind == "none" else activations.bits
+    accepted = _WEIGHT_BITS[bits]
+    if weights.bits not in accepted:
+        asked = 32 if weights.bits is None else weights.bits
+        yield Part(
+            "weights.bits", weights.bits or "none", min(accepted, key=lambda b: abs(b - asked))
+        )
+    if weights.granularity == "group":
+        yield Part("weights.granularity", "group", "block" if bits == 16 else "channel")
+    elif weights.granularity == "tensor":
+        yield Part("weights.granularity", "tensor", "channel")
+    elif weights.granularity == "block" and (bits != 16 or weights.bits != 4):
+        yield Part("weights.granularity", "block", "channel")
+    wanted = {"weights.mapping": "symmetric", "weights.algorithm": "rtn"}
+    if activations.kind != "none":
+        wanted |= {
+            "activations.kind": "static",
+            "activations.granularity": "tensor",
+            "activations.mapping": "asymmetric",
+        }
+    for key, nearest in wanted.items():
+        section, _, field = key.partition(".")
+        value = getattr(getattr(module, section), field)
+        if value != nearest:
+            yield Part(key, value, nearest)
+
+
 QNN_RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        QnnRecipe("8a8w", 8, 8),
-        QnnRecipe("16a8w", 16, 8),
-        QnnRecipe("16a16w", 16, 16),
-        QnnRecipe("16a4w", 16, 4),
-        QnnRecipe("16a4w_block", 16, 4, blocks=True),
-        QnnRecipe("8a4w", 8, 4),
-        QnnRecipe("fp16a8w", None, 8),
-    )
+    name: qnn_recipe(recipe.for_module(""))
+    for name, recipe in PRESETS.items()
+    if recipe.backend == "qnn" and not recipe.qat
 }
 
 

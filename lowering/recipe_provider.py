@@ -20,7 +20,8 @@ from executorch.export import (
 )
 from torch.export import ExportedProgram
 
-from edgepass.calibration.recipes import torchao_configs
+from edgepass.calibration.recipe_presets import PRESETS
+from edgepass.calibration.recipes import torchao_config
 from edgepass.lowering.edge_forms import edge_config
 from edgepass.lowering.vulkan_hooks import FusedVulkanPartitioner
 from edgepass.lowering.vulkan_hooks import fuse as fuse_for_vulkan
@@ -66,7 +67,9 @@ class EdgepassRecipeProvider(BackendRecipeProvider):
         if not isinstance(recipe_type, EdgepassRecipeType):
             return None
         fuse, partitioners = _FLOWS[recipe_type]
-        linear, _ = torchao_configs(recipe_type.value.rsplit("_", 1)[1], _group_size(kwargs))
+        preset = PRESETS[recipe_type.value.rsplit("_", 1)[1]].with_group_size(_group_size(kwargs))
+        linear = torchao_config(preset.for_module(""))
+        assert linear is not None, "these presets quantize every linear"
         config = AOQuantizationConfig(linear)
         return ExportRecipe(
             name=recipe_type.value,
@@ -97,8 +100,8 @@ def _group_size(options: dict[str, Any]) -> int:
         if name != "group_size":
             raise InvalidArgumentError(f"unknown option: got {name}, accepted is group_size")
     group_size = options.get("group_size", _GROUP_SIZE)
-    if not isinstance(group_size, int) or group_size < 1:
-        raise InvalidArgumentError(f"got group_size={group_size}, accepted are 1 and more")
+    if not isinstance(group_size, int):
+        raise InvalidArgumentError(f"got group_size={group_size}, accepted are whole numbers")
     return group_size
 
 

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from edgepass.calibration.recipes import RECIPES, find_recipe, quantize_model
+from edgepass.calibration.recipe_file import parse_recipe
+from edgepass.calibration.recipes import quantize_model
 from edgepass.ops.errors import InvalidArgumentError
 from tests.models.tiny_models import tiny_model
 
+FOUR_BITS = ("8da4w", "4w")
 MODES = {"8da4w": "int8_asym_per_token", "4w": None}
 
 
@@ -31,7 +33,7 @@ def weights(model: nn.Module) -> dict[str, IntxUnpackedToInt8Tensor]:
     return {name: m.weight for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", FOUR_BITS)
 def test_every_linear_and_embedding_is_quantized(recipe: str) -> None:
     model = quantize_model(Layers(64, 96), recipe, 32)
     found = weights(model)
@@ -65,7 +67,7 @@ def test_values_scales_and_error_bound(group: int, groups: int, dtype, seed: int
     assert (error <= weight.scale.double()[..., None] * (0.5 + slack)).all()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", FOUR_BITS)
 def test_a_tied_head_equals_the_embedding(recipe: str) -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -81,7 +83,7 @@ def test_names_stay_readable() -> None:
     assert set(dict(quantize_model(tiny_model(), "8da4w", 32).named_parameters())) == before
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", FOUR_BITS)
 def test_a_quantized_model_computes_with_its_dequantized_weights(recipe: str) -> None:
     model = quantize_model(Layers(64, 96), recipe, 32).eval()
     ids = torch.arange(11)
@@ -96,12 +98,69 @@ def test_a_quantized_model_computes_with_its_dequantized_weights(recipe: str) ->
     assert (found - expected).abs().max() <= tolerance
 
 
-def test_an_unknown_recipe_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"recipe='8da3w', accepted are 8da4w, 4w"):
-        find_recipe("8da3w")
+@pytest.mark.parametrize("recipe", ["8da8w", "8w"])
+def test_eight_bits_have_a_scale_a_row(recipe: str) -> None:
+    found = weights(quantize_model(Layers(64, 96), recipe))
+    for weight in found.values():
+        assert weight.target_dtype == torch.int8
+        assert weight.scale.shape == (weight.shape[0], 1)
+        assert weight.qdata.abs().max() > 8
 
 
-@pytest.mark.parametrize("group_size", [0, -32, 1, 33, 128])
+MIXED = """
+name: mixed
+weights: {bits: 4, group_size: 32}
+activations: {kind: dynamic}
+embedding: {bits: 8, granularity: channel}
+overrides:
+- {modules: up, weights: {group_size: 16, mapping: asymmetric}}
+- {modules: down, weights: {bits: 3, group_size: 96}, activations: {kind: none}}
+"""
+
+
+def test_each_module_gets_its_own_bits_and_groups() -> None:
+    found = weights(quantize_model(Layers(64, 96), parse_recipe(MIXED)))
+    facts = {
+        name: (w.target_dtype, w.block_size, w.activation_quantization, bool(w.zero_point.any()))
+        for name, w in found.items()
+    }
+    assert facts == {
+        "table": (torch.int8, (1, 64), None, False),
+        "up": (torch.int4, (1, 16), "int8_asym_per_token", True),
+        "down": (torch.int3, (1, 96), None, False),
+    }
+    assert found["down"].qdata.min() >= -4 and found["down"].qdata.max() <= 3
+
+
+def test_a_module_that_stays_float_keeps_its_parameter() -> None:
+    model = Layers(64, 96)
+    before = model.up.weight
+    quantize_model(
+        model, parse_recipe("{name: x, overrides: [{modules: up, weights: {bits: none}}]}")
+    )
+    assert model.up.weight is before
+    assert isinstance(model.down.weight, IntxUnpackedToInt8Tensor)
+
+
+def test_a_recipe_of_another_flow_changes_nothing() -> None:
+    model = Layers(64, 96)
+    with pytest.raises(InvalidArgumentError, match=r"got activations.kind=static .* dynamic, none"):
+        quantize_model(model, "16a8w")
+    assert not any(isinstance(w, IntxUnpackedToInt8Tensor) for w in weights(model).values())
+
+
+def test_a_recipe_without_groups_takes_no_group_size() -> None:
+    with pytest.raises(InvalidArgumentError, match="group_size=32 for recipe=8da8w, whose weights"):
+        quantize_model(Layers(64, 96), "8da8w", 32)
+
+
+@pytest.mark.parametrize("group_size", [0, -32, 1])
+def test_a_group_size_below_two_is_refused(group_size: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"got group_size={group_size}, accepted are 2"):
+        quantize_model(Layers(64, 96), "8da4w", group_size)
+
+
+@pytest.mark.parametrize("group_size", [33, 128])
 def test_a_group_size_that_does_not_divide_is_refused(group_size: int) -> None:
     model = Layers(64, 96)
     with pytest.raises(InvalidArgumentError) as caught:

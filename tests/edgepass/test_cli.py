@@ -115,8 +115,12 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 BAD_OPTIONS = [
-    (["--group-size", 48], "group_size=48, which does not divide the 64 columns of"),
-    (["--recipe", "2da2w"], "recipe='2da2w', accepted are 8da4w, 4w"),
+    (["--group-size", 48], "backend=xnnpack cannot hold: weights.group_size=48 (nearest: 64)"),
+    (["--group-size", 96], "group_size=96, which does not divide the 64 columns of"),
+    (["--group-size", 1], "group_size=1, accepted are 2 and more"),
+    (["--recipe", "2da2w"], "recipe='2da2w', did you mean '8da8w'? accepted are 8da4w, 8da8w"),
+    (["--recipe", "16a8w"], "recipe=16a8w, which backend=xnnpack cannot hold: backend=qnn"),
+    (["--recipe", "no.yaml"], "cannot read recipe=no.yaml: No such file or directory"),
     (["--backend", "cuda"], "backend='cuda', accepted are vulkan, xnnpack"),
     (["--dtype", "fp8"], "dtype='fp8', accepted are fp32, fp16"),
     (["--context", 65], "context=65, accepted are 2 to 64"),

@@ -13,10 +13,9 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from torch import nn
-from torchao.quantization import quantize_
 
 import edgepass
-from edgepass.calibration.recipes import torchao_configs
+from edgepass.calibration.recipes import quantize_model
 from edgepass.lowering import partitioner_hooks, registration
 from edgepass.lowering.partitioner_hooks import Hook, HookSet, tags_are_acyclic
 from edgepass.lowering.report import delegates, outside_delegates
@@ -53,8 +52,7 @@ class Gated(nn.Module):
 
 def quantized() -> nn.Module:
     module = Gated()
-    quantize_(module, torchao_configs("8da4w", 32)[0])
-    return module
+    return quantize_model(module, "8da4w", 32)
 
 
 def exported(module: nn.Module):

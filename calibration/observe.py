@@ -29,13 +29,13 @@ def observe(prepared: GraphModule, batches: Iterable[tuple[Any, ...]]) -> int:
     return count
 
 
-def check_observers(prepared: GraphModule) -> None:
+def check_observers(prepared: GraphModule, constants: bool = False) -> None:
     """Refuse observers whose least and largest values are not finite, naming the first module.
 
-    Raises EncodingError.
+    With ``constants`` only those of weights are looked at. Raises EncodingError.
     """
     for node in prepared.graph.nodes:
-        if node.op != "call_module":
+        if node.op != "call_module" or (constants and node.args[0].op != "get_attr"):
             continue
         observer: Any = prepared.get_submodule(str(node.target))
         # Observers that stand for no tensor of numbers (placeholders, derived biases) have neither.
@@ -44,17 +44,17 @@ def check_observers(prepared: GraphModule) -> None:
             continue
         if low.numel() == 0 or (low == torch.inf).any() or (high == -torch.inf).any():
             raise EncodingError(
-                f"no data: got an observer of {_place(node)} that saw none, accepted are "
+                f"no data: got an observer of {place_of(node)} that saw none, accepted are "
                 "calibration inputs that reach every module"
             )
         if not (low.isfinite().all() and high.isfinite().all()):
             raise EncodingError(
-                f"not finite: got {low.min().item()} to {high.max().item()} in {_place(node)} "
+                f"not finite: got {low.min().item()} to {high.max().item()} in {place_of(node)} "
                 "during calibration, accepted are finite activations"
             )
 
 
-def _place(observer: Node) -> str:
+def place_of(observer: Node) -> str:
     """The module and the value that an observer watches."""
     value: Any = observer.args[0]
     while isinstance(value, Node) and value.op == "call_module":

@@ -84,6 +84,10 @@ def lower(
     trust_remote_code: Trust = False,
     soc: Annotated[str, typer.Option(help="qnn: the chip.")] = "SM8650",
     block_size: Annotated[int, typer.Option(help="qnn: input features of an LPBQ block.")] = 32,
+    block_size_for: Annotated[
+        list[str] | None,
+        typer.Option(help="qnn: others for some modules, as down_proj=64 or 'layers.0.*=64'."),
+    ] = None,
     kv_bits: Annotated[int, typer.Option(help="qnn: bits of the KV cache, 8 or 16.")] = 8,
     prefill_chunk: Annotated[int, typer.Option(help="qnn: tokens prefilled a call.")] = 128,
     calibration: Annotated[
@@ -94,12 +98,14 @@ def lower(
 ) -> None:
     """Quantize, fuse and lower a model into a folder that `run` and `eval` read."""
     if backend == "qnn":
+        from edgepass.lowering.qnn_block_sizes import read_block_sizes
         from edgepass.qnn import QnnOptions
         from edgepass.qnn_commands import check_foreign_options, lower_command
 
-        check_foreign_options(group_size=(group_size, None), dtype=(dtype, "fp32"))
+        check_foreign_options(backend, group_size=(group_size, None), dtype=(dtype, "fp32"))
         _check_writable(out)
-        options = QnnOptions(soc, recipe, block_size, kv_bits, prefill_chunk, context)
+        sizes = read_block_sizes(block_size_for or ())
+        options = QnnOptions(soc, recipe, block_size, kv_bits, prefill_chunk, context, sizes)
         report = lower_command(
             model, out, options, calibration, calibration_tokens, layers, trust_remote_code, check
         )
@@ -108,14 +114,19 @@ def lower(
     with console.show_progress() as progress:
         progress("load")
         from edgepass import api
+        from edgepass.qnn_commands import check_foreign_options
 
         chosen = api.check_options(backend, recipe, dtype, group_size)
-        if calibration is not None:
-            from edgepass.ops.errors import InvalidArgumentError
-
-            raise InvalidArgumentError(
-                f"got calibration={calibration} for backend={backend}, accepted is backend=qnn"
-            )
+        check_foreign_options(
+            backend,
+            soc=(soc, "SM8650"),
+            block_size=(block_size, 32),
+            block_size_for=(block_size_for, None),
+            kv_bits=(kv_bits, 8),
+            prefill_chunk=(prefill_chunk, 128),
+            calibration=(calibration, None),
+            calibration_tokens=(calibration_tokens, 1024),
+        )
         _check_writable(out)
         loaded, tokenizer = api.load_model(
             model, layers=layers, trust_remote_code=trust_remote_code

@@ -23,8 +23,10 @@ class QnnOptions:
     """How to lower for QNN.
 
     ``soc`` is a chip of the stock backend (``SM8650``), ``recipe`` one of ``QNN_RECIPES``.
-    ``block_size`` are the input features of an LPBQ block, ``layer_block_sizes`` others for modules
-    whose path ends in a key. ``prefill_chunk`` tokens are prefilled a call, ``context`` fit.
+    ``block_size`` are the input features of an LPBQ block, ``layer_block_sizes`` others for some
+    modules: keys are ends of their paths (``down_proj``), in which ``*`` stands for anything
+    (``layers.0.*``), and the last that fits counts. ``prefill_chunk`` tokens are prefilled a call,
+    ``context`` fit.
     """
 
     soc: str = "SM8650"
@@ -76,12 +78,10 @@ def lower_for_qnn(
     EncodingError for calibration data that gives no encodings.
     """
     from edgepass.lowering.qnn_libraries import prepare_libraries
-    from edgepass.lowering.qnn_recipes import check_kv_bits, find_chip, find_qnn_recipe
+    from edgepass.lowering.qnn_recipes import find_chip
     from edgepass.lowering.stages import Stages
 
-    recipe = find_qnn_recipe(options.recipe)
-    check_kv_bits(recipe, options.kv_bits)
-    check_chunk(options)
+    recipe = check_options(options)
     stages = Stages(progress)
     prepare_libraries()
     soc = find_chip(options.soc)
@@ -108,6 +108,7 @@ def lower_for_qnn(
         "model": model_name,
         "soc": options.soc,
         "block_size": options.block_size if recipe.blocks else None,
+        "block_size_for": dict(options.layer_block_sizes),
         "kv_bits": options.kv_bits,
         "context": options.context,
         "prefill_chunk": options.prefill_chunk,
@@ -161,13 +162,20 @@ def _delegates(manager: Any, forms: Any) -> dict[str, Any]:
     }
 
 
-def check_chunk(options: QnnOptions) -> None:
-    """Raise InvalidArgumentError unless the prefill chunk leaves room in the context."""
+def check_options(options: QnnOptions) -> Any:
+    """Return the recipe. Raises InvalidArgumentError for options that do not fit each other."""
+    from edgepass.lowering.qnn_block_sizes import check_blocks
+    from edgepass.lowering.qnn_recipes import check_kv_bits, find_qnn_recipe
+
+    recipe = find_qnn_recipe(options.recipe)
+    check_kv_bits(recipe, options.kv_bits)
+    check_blocks(recipe, options.block_size, options.layer_block_sizes)
     if not 2 <= options.prefill_chunk < options.context:
         raise InvalidArgumentError(
             f"got prefill_chunk={options.prefill_chunk} for context={options.context}, accepted "
             f"are 2 to {options.context - 1}"
         )
+    return recipe
 
 
 def cut_texts(tokens: Sequence[int], context: int) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from edgepass import console
 from edgepass.ops.errors import InvalidArgumentError
-from edgepass.qnn import QnnOptions, check_chunk, lower_for_qnn
+from edgepass.qnn import QnnOptions, check_options, lower_for_qnn
 
 
 def lower_command(
@@ -27,10 +27,9 @@ def lower_command(
     with console.show_progress() as progress:
         progress("load")
         from edgepass.lowering.qnn_libraries import prepare_libraries
-        from edgepass.lowering.qnn_recipes import check_kv_bits, find_chip, find_qnn_recipe
+        from edgepass.lowering.qnn_recipes import find_chip
 
-        check_kv_bits(find_qnn_recipe(options.recipe), options.kv_bits)
-        check_chunk(options)
+        check_options(options)
         if calibration is None:
             raise InvalidArgumentError(
                 "no calibration text: got calibration=None for backend=qnn, accepted is a UTF-8 "
@@ -52,7 +51,7 @@ def lower_command(
     return result.report
 
 
-def check_foreign_options(**options: tuple[Any, Any]) -> None:
+def check_foreign_options(backend: str, **options: tuple[Any, Any]) -> None:
     """Refuse options of other backends: each is (what was given, what it is by default).
 
     Raises InvalidArgumentError.
@@ -60,8 +59,7 @@ def check_foreign_options(**options: tuple[Any, Any]) -> None:
     for name, (given, default) in options.items():
         if given != default:
             raise InvalidArgumentError(
-                f"got {name}={given} for backend=qnn, which has no such option; accepted are "
-                "recipe, block_size and kv_bits"
+                f"got {name}={given} for backend={backend}, which has no such option; leave it out"
             )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import torch
 from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
     PerBlockParamObserver,
 )
@@ -29,7 +28,9 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
-from edgepass.passes.value_names import call_name, is_view
+from edgepass.lowering.qnn_block_sizes import BlockSizes
+from edgepass.passes.kv_pairs import joined_values
+from edgepass.passes.value_names import JOINS, call_name, is_view, module_path
 
 PROJECTIONS = ("aten.linear", "aten.conv2d")
 _TRANSPOSITIONS = ("aten.transpose", "aten.permute", "aten.t")
@@ -41,9 +42,12 @@ def kv_annotation() -> Callable[[GraphModule], None]:
     def annotate(module: GraphModule) -> None:
         cache = get_8a8w_qnn_ptq_config(act_symmetric=True, act_observer=MinMaxObserver)
         rest = get_16a8w_qnn_ptq_config(act_observer=MinMaxObserver)
+        rows: dict[Node, SharedQuantizationSpec] = {}
         for node in module.graph.nodes:
             if _is_attention(node):
                 _annotate_matmul(node, rest, cache.input_activation)
+                _annotate_source(node.args[1], node, cache.input_activation, rows)
+        _annotate_returned(module.graph.output_node(), rows)
 
     return annotate
 
@@ -62,22 +66,43 @@ def _annotate_matmul(node: Node, rest: QuantizationConfig, cache: QuantizationSp
         output_qspec=rest.output_activation,
         _annotated=True,
     )
-    _annotate_source(right, cache)
 
 
-def _annotate_source(node: Node, cache: QuantizationSpec) -> None:
-    """Let views and joins between a projection and its matmul compute in the cache's encoding."""
+def _annotate_source(
+    node: Node, user: Node, cache: QuantizationSpec, rows: dict[Node, SharedQuantizationSpec]
+) -> None:
+    """Let views and joins between a projection and ``user`` compute in the cache's encoding.
+
+    ``rows`` collects what becomes 8-bit when it is read: the value and the encoding that it takes.
+    """
     views = []
     while is_view(node):
         views.append(node)
         node = node.args[0]  # type: ignore[assignment]
     for view in _in_eight_bits(views, node):
         _share(view, [view.args[0]], cache)  # type: ignore[list-item]
-    if call_name(node) == "aten.cat":
-        parts: list[Node] = list(node.args[0])  # type: ignore[arg-type]
+        user = view
+    if call_name(node) in JOINS:
+        parts = joined_values(node)
         _share(node, parts, cache)
         for part in parts:
-            _annotate_source(part, cache)
+            _annotate_source(part, node, cache, rows)
+    elif node.op == "call_function":
+        source: Node = user.args[0] if is_view(user) else node  # type: ignore[assignment]
+        first = joined_values(user)[0] if call_name(user) in JOINS else source
+        rows[source] = SharedQuantizationSpec((first, user))
+
+
+def _annotate_returned(output: Node, rows: dict[Node, SharedQuantizationSpec]) -> None:
+    """Let the graph return rows as the cache takes them, where the change to 8 bits is behind them.
+
+    Else a step would write other integers than the next one reads.
+    """
+    returned = {node: rows[node] for node in output.all_input_nodes if node in rows}
+    if returned:
+        output.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+            input_qspec_map=returned, _annotated=True
+        )
 
 
 def _in_eight_bits(views: list[Node], source: Node) -> list[Node]:
@@ -120,17 +145,18 @@ def keep_float_activations(module: GraphModule) -> None:
             annotation.output_qspec = None
 
 
-def block_sizes(module: GraphModule, size_of: Callable[[Node], int | None]) -> dict[str, tuple]:
-    """The map for ``QnnQuantizer.set_block_size_map``: each projection that ``size_of`` gives one.
+def block_sizes(module: GraphModule, sizes: BlockSizes) -> dict[str, tuple]:
+    """The map for ``QnnQuantizer.set_block_size_map``: each linear and convolution.
 
-    ``size_of`` takes a linear or conv2d call and returns its block of input features, or None.
+    Raises InvalidArgumentError for sizes that do not divide or that name no module.
     """
-    sizes = {}
-    for node in module.graph.nodes:
-        if call_name(node) in PROJECTIONS and (size := size_of(node)) is not None:
-            rank = node.args[1].meta["val"].dim()
-            sizes[node.name] = (1, size, *(1,) * (rank - 2))
-    return sizes
+    nodes = [node for node in module.graph.nodes if call_name(node) in PROJECTIONS]
+    sizes.check_used(map(module_path, nodes))
+    found = {}
+    for node in nodes:
+        _, width, *rest = node.args[1].meta["val"].shape
+        found[node.name] = (1, sizes.of(module_path(node), width), *(1,) * len(rest))
+    return found
 
 
 def own_block_sizes(sizes: dict[str, tuple]) -> Callable[[GraphModule], None]:
@@ -150,9 +176,3 @@ def own_block_sizes(sizes: dict[str, tuple]) -> Callable[[GraphModule], None]:
                 specs[node.args[1]] = dataclasses.replace(spec, observer_or_fake_quant_ctr=own)
 
     return annotate
-
-
-def weight_width(node: Node) -> int:
-    """The input features of a projection."""
-    value: torch.Tensor = node.args[1].meta["val"]  # type: ignore[union-attr]
-    return int(value.shape[1])

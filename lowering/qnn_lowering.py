@@ -12,6 +12,7 @@ from executorch.backends.qualcomm.utils.constants import (
     QCOM_QUANT_ATTRS,
     QCOM_QUANT_MAX,
     QCOM_QUANT_MIN,
+    QCOM_REQUANTIZE,
 )
 from executorch.backends.qualcomm.utils.utils import (
     generate_htp_compiler_spec,
@@ -25,6 +26,7 @@ from edgepass.lowering.qnn_io import PLAIN_INPUTS
 from edgepass.lowering.qnn_libraries import prepare_libraries
 from edgepass.lowering.qnn_quiet import first_error, quiet_compiler
 from edgepass.lowering.qnn_registration import activate, passes_job
+from edgepass.lowering.shapes_only import replace_delegates, with_shapes_only
 from edgepass.ops.errors import ProgramError
 
 _IO_DTYPES = {(0, 255): torch.uint8, (0, 65535): torch.uint16}
@@ -59,6 +61,8 @@ def lower_graphs(
                 passes_job={name: passes for name, (passes, _) in own.items()},
                 dep_table={name: order for name, (_, order) in own.items()},
             )
+            # Passes of stock run a delegate's own graph again, which takes no integers.
+            replace_delegates(edge, lambda each: with_shapes_only(each, each.backend_id))
             return edge.to_executorch(ExecutorchBackendConfig(passes=[BuildQuantIo()]))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ProgramError(
@@ -77,9 +81,13 @@ def _passes() -> tuple[Any, Any]:
 def io_dtype(node: Node) -> torch.dtype | None:
     """The dtype in which a graph's input or output passes, None for float."""
     is_input = node.op == "placeholder" and node.name not in PLAIN_INPUTS
-    if not is_input and not any(user.op == "output" for user in node.users):
+    outputs = [user for user in node.users if user.op == "output"]
+    if not is_input and not outputs:
         return None
     attributes = node.meta.get(QCOM_QUANT_ATTRS)
+    # Stock notes here what the value becomes for one user, and inserts the change later.
+    for output in outputs:
+        attributes = node.meta.get(QCOM_REQUANTIZE, {}).get(output.name, attributes)
     if not attributes:
         return None
     return _IO_DTYPES.get((attributes[QCOM_QUANT_MIN], attributes[QCOM_QUANT_MAX]))

@@ -29,24 +29,24 @@ from edgepass.lowering.qnn_annotation import (
     keep_float_activations,
     kv_annotation,
     own_block_sizes,
-    weight_width,
 )
+from edgepass.lowering.qnn_block_sizes import BlockSizes, check_blocks
 from edgepass.lowering.qnn_recipes import QnnRecipe, check_kv_bits
 from edgepass.ops.encodings_file import split_block_scales
-from edgepass.ops.errors import EncodingError, InvalidArgumentError
+from edgepass.ops.errors import EncodingError
 from edgepass.passes.linear_to_conv2d import LinearToConv2d
 from edgepass.passes.pipeline import Pipeline
-from edgepass.passes.value_names import call_name, module_path
+from edgepass.passes.value_names import call_name
 
 
 @dataclass(frozen=True)
 class QnnQuantization:
     """How a decoder is quantized: the recipe, the blocks of LPBQ weights, the bits of the caches.
 
-    ``block_size`` are the input features of a block; ``layer_block_sizes`` gives others to the
-    modules whose path ends in a key (``{"down_proj": 64}``). ``soc`` is the stock chip.
+    ``block_size`` are the input features of a block; ``layer_block_sizes`` gives others to some
+    modules (``{"down_proj": 64}``, see ``BlockSizes``). ``soc`` is the stock chip.
 
-    Raises InvalidArgumentError for cache bits that do not fit the recipe.
+    Raises InvalidArgumentError for cache bits or block sizes that do not fit the recipe.
     """
 
     recipe: QnnRecipe
@@ -57,12 +57,13 @@ class QnnQuantization:
 
     def __post_init__(self) -> None:
         check_kv_bits(self.recipe, self.kv_bits)
+        check_blocks(self.recipe, self.block_size, self.layer_block_sizes)
 
     def prepare(self, program: ExportedProgram) -> GraphModule:
         """Return ``program`` with observers, to be run on calibration inputs.
 
-        Raises InvalidArgumentError for a block size that does not divide a projection's width, and
-        EncodingError for weights beyond fp16.
+        Raises InvalidArgumentError for a block size that does not divide a projection's width or
+        names no module, and EncodingError for weights beyond fp16.
         """
         _check_weights(program)
         if self.recipe.blocks:
@@ -94,7 +95,7 @@ class QnnQuantization:
             quantizer.set_submodule_qconfig_list([(_is_no_projection, _sixteen_bits())])
         custom: list[Callable[[GraphModule], None]] = []
         if self.recipe.blocks:
-            sizes = block_sizes(module, self._block_size)
+            sizes = block_sizes(module, BlockSizes(self.block_size, self.layer_block_sizes))
             quantizer.set_block_size_map(sizes)
             custom.append(own_block_sizes(sizes))
         if self.recipe.activation_bits is None:
@@ -103,17 +104,6 @@ class QnnQuantization:
             custom.append(kv_annotation())
         quantizer.add_custom_quant_annotations(custom)
         return quantizer
-
-    def _block_size(self, node: Node) -> int:
-        path, width = module_path(node), weight_width(node)
-        own = [size for name, size in self.layer_block_sizes.items() if path.endswith(name)]
-        size = own[0] if own else self.block_size
-        if size < 1 or width % size:
-            raise InvalidArgumentError(
-                f"got block_size={size}, which does not divide the {width} input features of "
-                f"{path}; accepted are divisors of {width}"
-            )
-        return size
 
 
 def _snap_observed_blocks(prepared: GraphModule) -> None:

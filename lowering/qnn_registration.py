@@ -81,6 +81,11 @@ def unregister_qnn_passes() -> None:
         manager_map()[_BACKEND] = _replaced.pop()
 
 
+def is_registered() -> bool:
+    """Whether a collection is registered."""
+    return bool(_replaced)
+
+
 def passes_job(collection: QnnCollection | None = None) -> tuple[OrderedDict, dict]:
     """``passes_job`` and ``dep_table`` for one ``to_edge_transform_and_lower_to_qnn``.
 

@@ -9,8 +9,13 @@ from torch.fx import Graph, Node
 from edgepass.ops.errors import EncodingError
 from edgepass.passes.value_names import JOINS, call_name, root_of
 
-_NEW_ROWS = {"aten.cat": (), "aten.index_put": (2,), "aten.index_copy": (3,), "aten.copy": (1,)}
-_NEW_ROWS["aten.slice_scatter"] = (1,)
+# Which arguments are the new rows.
+_NEW_ROWS = {
+    "aten.index_put": (2,),
+    "aten.index_copy": (3,),
+    "aten.copy": (1,),
+    "aten.slice_scatter": (1,),
+}
 
 
 def kv_pairs_of(
@@ -93,10 +98,14 @@ def _join_of(cache: Node) -> Node:
 
 
 def _rows(join: Node, cache: Node) -> list[Node]:
+    return [part for part in joined_values(join) if root_of(part) is not cache]
+
+
+def joined_values(join: Node) -> list[Node]:
+    """What a call of ``JOINS`` puts together: of a ``cat`` its parts, else the whole, then rows."""
     if call_name(join) == "aten.cat":
-        parts: list[Node] = list(join.args[0])  # type: ignore[arg-type]
-        return [part for part in parts if root_of(part) is not cache]
-    return [join.args[i] for i in _NEW_ROWS[call_name(join)]]  # type: ignore[misc]
+        return list(join.args[0])  # type: ignore[arg-type]
+    return [join.args[0], *(join.args[i] for i in _NEW_ROWS[call_name(join)])]  # type: ignore
 
 
 def _check_shapes(cache: Node, output: Node) -> None:

@@ -125,6 +125,8 @@ BAD_OPTIONS = [
     (["--dtype", "fp8"], "dtype='fp8', accepted are fp32, fp16"),
     (["--context", 65], "context=65, accepted are 2 to 64"),
     (["--context", 1], "context=1, accepted are 2 to 64"),
+    (["--kv-bits", 16], "got kv_bits=16 for backend=xnnpack, which has no such option"),
+    (["--block-size-for", "up_proj=64"], "got block_size_for=['up_proj=64'] for backend=xnnpack"),
     (["--layers", 3], "layers=3, accepted are 1 to 2"),
     (["--model", "no/such/model"], "model=no/such/model"),
     (["--model", "missing.gguf"], "model=missing.gguf"),

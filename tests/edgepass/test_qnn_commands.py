@@ -153,6 +153,18 @@ def test_encodings_are_shown_and_compared(command, lowered, tmp_path) -> None:
         (("--dtype", "fp16"), "got dtype=fp16 for backend=qnn, which has no such option"),
         (("--group-size", "64"), "got group_size=64 for backend=qnn"),
         (("--prefill-chunk", "1024"), "got prefill_chunk=1024 for context=1024"),
+        (("--block-size-for", "up_proj"), "unknown block size: got block_size_for=up_proj"),
+        (
+            ("--recipe=16a8w", "--block-size-for=up_proj=64"),
+            "got block_size=64 for recipe=16a8w, which has no blocks",
+        ),
+        (
+            (
+                *("--block-size-for=up=64", "--context=24", "--prefill-chunk=6"),
+                "--calibration={text}",
+            ),
+            "no such module: got block_size=64 for up, accepted are ends of paths such as down_pro",
+        ),
         (
             ("--block-size=48", "--context=24", "--prefill-chunk=6", "--calibration={text}"),
             "got block_size=48, which does not divide the 64 input features",
@@ -169,7 +181,7 @@ def test_bad_options_are_refused_in_one_line(
 ) -> None:
     out = tmp_path / "out"
     filled = [each.format(text=text) for each in options]
-    recipe = () if "--recipe" in options else ("--recipe", "16a4w_block")
+    recipe = () if any("--recipe" in each for each in options) else ("--recipe", "16a4w_block")
     line = refused(
         *("lower", "--model", checkpoint, "--backend", "qnn", *recipe, "--out", out, *filled)
     )

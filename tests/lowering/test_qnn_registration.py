@@ -9,6 +9,8 @@ from executorch.backends.qualcomm.serialization.qc_schema import QnnExecuTorchBa
 from executorch.exir.pass_base import ExportPass, PassResult
 from torch import nn
 
+import edgepass
+from edgepass.lowering import registration
 from edgepass.lowering.qnn_passes import DropProvenance, SnapBlockScales
 from edgepass.lowering.qnn_registration import (
     QnnCollection,
@@ -24,9 +26,10 @@ HTP = QnnExecuTorchBackendType.kHtpBackend
 
 
 @pytest.fixture(autouse=True)
-def stock():
+def stock(monkeypatch):
     yield
-    unregister_qnn_passes()
+    monkeypatch.undo()
+    edgepass.unregister()
 
 
 def seen_by(names: list[str]) -> QnnCollection:
@@ -67,6 +70,37 @@ def test_registration_can_be_taken_back() -> None:
     unregister_qnn_passes()
     unregister_qnn_passes()
     assert get_qnn_pass_manager_cls(HTP) is before
+
+
+def test_register_brings_the_passes_and_unregister_takes_them_away() -> None:
+    before = get_qnn_pass_manager_cls(HTP)
+    edgepass.register()
+    edgepass.register()
+    assert SnapBlockScales in get_qnn_pass_manager_cls(HTP).get_export_passes()
+    edgepass.unregister()
+    edgepass.unregister()
+    assert get_qnn_pass_manager_cls(HTP) is before
+
+
+def test_register_keeps_a_collection_of_the_user_s_own() -> None:
+    register_qnn_passes(QnnCollection(export=()))
+    mine = get_qnn_pass_manager_cls(HTP)
+    edgepass.register()
+    assert get_qnn_pass_manager_cls(HTP) is mine
+
+
+def test_register_without_the_backend_leaves_it_out(monkeypatch) -> None:
+    before = get_qnn_pass_manager_cls(HTP)
+    monkeypatch.setattr(registration.importlib.util, "find_spec", lambda name: None)
+    edgepass.register()
+    assert get_qnn_pass_manager_cls(HTP) is before and registration.is_registered()
+
+
+def test_register_with_a_map_that_moved_registers_nothing(monkeypatch) -> None:
+    monkeypatch.delattr(qnn_pass_manager, "_get_backend_pass_manager_map")
+    with pytest.raises(PassError, match="cannot register"):
+        edgepass.register()
+    assert not registration.is_registered()
 
 
 def test_every_list_keeps_the_stock_passes_in_their_order() -> None:

@@ -1,0 +1,79 @@
+"""Which block of input features each LPBQ weight has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from edgepass.lowering.qnn_recipes import QnnRecipe
+from edgepass.ops.errors import InvalidArgumentError
+
+DEFAULT_BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """``size`` for every projection but those that a key of ``others`` names.
+
+    A key is the end of a module's path (``down_proj``, ``layers.0.mlp.down_proj``) in which ``*``
+    stands for anything (``layers.0.*``); of several that name one module the last counts.
+    """
+
+    size: int
+    others: Mapping[str, int]
+
+    def of(self, path: str, width: int) -> int:
+        """The block of the module at ``path``, whose weights have ``width`` input features.
+
+        Raises InvalidArgumentError if it does not divide the width.
+        """
+        own = [size for key, size in self.others.items() if _names(key, path)]
+        size = own[-1] if own else self.size
+        if size < 1 or width % size:
+            raise InvalidArgumentError(
+                f"got block_size={size}, which does not divide the {width} input features of "
+                f"{path}; accepted are divisors of {width}"
+            )
+        return size
+
+    def check_used(self, paths: Iterable[str]) -> None:
+        """Raise InvalidArgumentError for a key that names none of the modules ``paths``."""
+        paths = list(paths)
+        for key in self.others:
+            if not any(_names(key, path) for path in paths):
+                ends = sorted({path.rpartition(".")[2] for path in paths})
+                raise InvalidArgumentError(
+                    f"no such module: got block_size={self.others[key]} for {key}, accepted are "
+                    f"ends of paths such as {', '.join(ends)}, with * for anything"
+                )
+
+
+def check_blocks(recipe: QnnRecipe, size: int, others: Mapping[str, int]) -> None:
+    """Raise InvalidArgumentError for block sizes with a recipe that has no blocks."""
+    if not recipe.blocks and (others or size != DEFAULT_BLOCK_SIZE):
+        given = next(iter(others.values()), size)
+        raise InvalidArgumentError(
+            f"got block_size={given} for recipe={recipe.name}, which has no blocks; accepted is "
+            "recipe=16a4w_block"
+        )
+
+
+def read_block_sizes(given: Iterable[str]) -> dict[str, int]:
+    """``NAME=SIZE`` of a command line by name. Raises InvalidArgumentError for another form."""
+    found: dict[str, int] = {}
+    for each in given:
+        name, _, size = each.rpartition("=")
+        if not name or not size.isdecimal():
+            raise InvalidArgumentError(
+                f"unknown block size: got block_size_for={each}, accepted are NAME=SIZE such as "
+                "down_proj=64 or layers.0.*=64"
+            )
+        # The last of the same name counts, as of different ones.
+        found.pop(name, None)
+        found[name] = int(size)
+    return found
+
+
+def _names(key: str, path: str) -> bool:
+    return fnmatchcase(path, key) or fnmatchcase(path, f"*.{key}")

@@ -16,6 +16,7 @@ from edgepass.calibration.recipe_resolution import (
 from edgepass.calibration.recipe_section import Section
 from edgepass.calibration.recipe_sections import (
     Activations,
+    Backend,
     Head,
     KvCache,
     Override,
@@ -36,7 +37,7 @@ class Recipe(Section):
     """
 
     name: Annotated[str, Field(min_length=1)]
-    backend: Literal["xnnpack", "vulkan", "qnn"] | None = None
+    backend: Backend | None = None
     weights: Weights = Weights()
     activations: Activations = Activations()
     embedding: Weights = Weights()

@@ -12,6 +12,8 @@ from pydantic import Field, PlainValidator, model_validator
 from edgepass.calibration.recipe_observers import Observer
 from edgepass.calibration.recipe_section import Section
 
+Backend = Literal["xnnpack", "vulkan", "qnn"]
+BACKENDS: tuple[Backend, ...] = ("xnnpack", "vulkan", "qnn")
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 CACHE_BITS = (8, 16)
 

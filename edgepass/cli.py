@@ -1,4 +1,4 @@
-"""The command line: ``edgepass lower | run | eval | simulate | explain | encodings``.
+"""The command line: ``edgepass lower | run | eval | simulate | explain | recipes | encodings``.
 
 What needs torch is imported inside the commands, so that ``--help`` is quick.
 """
@@ -245,6 +245,47 @@ def explain(
         progress("fuse")
         rows = api.explain(program, backend)
     console.show({"linears": rows}, as_json, lambda: console.print_linears(rows))
+
+
+recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
+app.add_typer(recipes, name="recipes")
+
+
+@recipes.command(name="list")
+def list_recipes(as_json: Json = False) -> None:
+    """List the recipes that have a name, and the backends that hold each."""
+    from edgepass import recipe_commands
+
+    rows = recipe_commands.list_recipes()
+    console.show(rows, as_json, lambda: console.print_recipes(rows))
+
+
+@recipes.command(name="show")
+def show_recipe(
+    recipe: Annotated[str, typer.Argument(help="A name of `recipes list`, or a file.")],
+    as_json: Json = False,
+) -> None:
+    """Print a recipe as the file that would hold it."""
+    from edgepass.calibration.recipe_file import find_recipe, format_recipe
+
+    found = find_recipe(recipe)
+    console.show(found.asked(), as_json, lambda: print(format_recipe(found), end=""))
+
+
+@recipes.command(name="check")
+def check_recipe(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a name of `recipes list`.")],
+    backend: Annotated[str | None, typer.Option(help="Must it hold the recipe?")] = None,
+    model: Annotated[str | None, typer.Option(help="Must the recipe fit this model?")] = None,
+    layers: Layers = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe: its schema, the backends that hold it, the modules that it matches."""
+    from edgepass import recipe_commands
+
+    checked = recipe_commands.check_recipe(recipe, backend, model, layers, trust_remote_code)
+    console.show(checked, as_json, lambda: console.print_recipe_check(checked))
 
 
 encodings = typer.Typer(no_args_is_help=True, help="Read files of quantization encodings.")

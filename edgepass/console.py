@@ -159,3 +159,26 @@ def print_linears(rows: list[dict[str, Any]]) -> None:
         why_not = f"not fused: {row['reason']} (at {row['node']})"
         print(f"{row['name']}: {row['how'] if row['fused'] else why_not}")
     print(f"{sum(row['fused'] for row in rows)} of {len(rows)} linears fused")
+
+
+def print_recipes(rows: list[dict[str, Any]]) -> None:
+    """Print the recipes as a table."""
+    table = Table()
+    table.add_column("recipe", no_wrap=True)
+    for title in ("weights", "activations", "KV cache", "backends"):
+        table.add_column(title)
+    for row in rows:
+        backends = ", ".join(row["backends"]) or "none"
+        table.add_row(row["name"], row["weights"], row["activations"], row["kv_cache"], backends)
+    Console().print(table)
+
+
+def print_recipe_check(checked: dict[str, Any]) -> None:
+    """Print what was found of a recipe."""
+    for form, count in checked.get("modules", {}).items():
+        print(f"{count} modules: {form}")
+    for backend, verdict in checked["backends"].items():
+        if isinstance(verdict, str):
+            print(f"{backend}: no, {verdict}")
+        else:
+            print(f"{backend}: yes{''.join(f', {part}' for part in verdict)}")

@@ -21,7 +21,7 @@ from executorch.export import (
 from torch.export import ExportedProgram
 
 from edgepass.calibration.recipe_presets import PRESETS
-from edgepass.calibration.recipes import torchao_config
+from edgepass.calibration.torchao_config import torchao_config
 from edgepass.lowering.edge_forms import edge_config
 from edgepass.lowering.vulkan_hooks import FusedVulkanPartitioner
 from edgepass.lowering.vulkan_hooks import fuse as fuse_for_vulkan
@@ -68,9 +68,7 @@ class EdgepassRecipeProvider(BackendRecipeProvider):
             return None
         fuse, partitioners = _FLOWS[recipe_type]
         preset = PRESETS[recipe_type.value.rsplit("_", 1)[1]].with_group_size(_group_size(kwargs))
-        linear = torchao_config(preset.for_module(""))
-        assert linear is not None, "these presets quantize every linear"
-        config = AOQuantizationConfig(linear)
+        config = AOQuantizationConfig(torchao_config(preset.for_module("")))
         return ExportRecipe(
             name=recipe_type.value,
             quantization_recipe=QuantizationRecipe(ao_quantization_configs=[config]),

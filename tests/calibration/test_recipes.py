@@ -1,14 +1,17 @@
 """Recipes: what the weights become, what stays equal, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torchao.quantization import IntxUnpackedToInt8Tensor
+from torchao.quantization import IntxUnpackedToInt8Tensor, quantize_
 
-from edgepass.calibration.recipe_file import parse_recipe
+from edgepass.calibration.recipe_file import find_recipe, parse_recipe
 from edgepass.calibration.recipes import quantize_model
+from edgepass.calibration.torchao_config import torchao_config
 from edgepass.ops.errors import InvalidArgumentError
 from tests.models.tiny_models import tiny_model
 
@@ -107,6 +110,41 @@ def test_eight_bits_have_a_scale_a_row(recipe: str) -> None:
         assert weight.qdata.abs().max() > 8
 
 
+CASES = ["8da4w", "4w", "8da8w", "8w"]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mapping", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_tensors_are_those_of_torchao(name: str, mapping: str, dtype) -> None:
+    recipe = find_recipe(name)
+    recipe = recipe.changed(weights=recipe.weights.changed(mapping=mapping))
+    torch.manual_seed(0)
+    model = Layers(64, 96).to(dtype)
+    stock = copy.deepcopy(model)
+    for kind, role in ((nn.Linear, "linear"), (nn.Embedding, "embedding")):
+        config = torchao_config(recipe.for_module("", role))
+        quantize_(stock, config, lambda module, _, kind=kind: isinstance(module, kind))
+    expected, found = weights(stock), weights(quantize_model(model, recipe))
+    for path, weight in found.items():
+        for tensor in weight.tensor_data_names:
+            left, right = getattr(weight, tensor), getattr(expected[path], tensor)
+            assert left.dtype == right.dtype and torch.equal(left, right)
+        for attribute in weight.tensor_attribute_names:
+            assert getattr(weight, attribute) == getattr(expected[path], attribute)
+
+
+def test_the_algorithm_of_each_module_is_used() -> None:
+    text = "{name: x, overrides: [{modules: up, weights: {algorithm: mse}}]}"
+    torch.manual_seed(0)
+    model = Layers(64, 96)
+    plain = weights(quantize_model(copy.deepcopy(model), "4w"))
+    found = weights(quantize_model(copy.deepcopy(model), parse_recipe(text)))
+    assert torch.equal(found["down"].scale, plain["down"].scale)
+    errors = [(each["up"].dequantize() - model.up.weight).square().sum() for each in (found, plain)]
+    assert errors[0] < errors[1]
+
+
 MIXED = """
 name: mixed
 weights: {bits: 4, group_size: 32}
@@ -144,7 +182,7 @@ def test_a_module_that_stays_float_keeps_its_parameter() -> None:
 
 def test_a_recipe_of_another_flow_changes_nothing() -> None:
     model = Layers(64, 96)
-    with pytest.raises(InvalidArgumentError, match=r"got activations.kind=static .* dynamic, none"):
+    with pytest.raises(InvalidArgumentError, match=r"got \S+=\S+ for up, which torchao"):
         quantize_model(model, "16a8w")
     assert not any(isinstance(w, IntxUnpackedToInt8Tensor) for w in weights(model).values())
 

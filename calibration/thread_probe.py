@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edgepass.ops.errors import InvalidArgumentError
 
-# Rows of a weight (most of them a vocabulary's) and of attention beyond which time is in proportion.
+# Rows of a weight (a vocabulary's have more) and of attention beyond which time is in proportion.
 _MOST_OUTPUTS, _MOST_ATTENTION_ROWS = 8192, 128
 # Floats that keep one thread busy for long enough that all are woken.
 _WAKE_UP = 1 << 16
@@ -69,7 +69,7 @@ class ModelShapes:
 
 def _attention_shape(config: Any) -> AttentionShape | None:
     names = "num_hidden_layers", "num_attention_heads", "hidden_size"
-    sizes = [getattr(config, name, None) for name in names]
+    sizes: list[Any] = [getattr(config, name, None) for name in names]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
     layers, heads, hidden = sizes
@@ -78,7 +78,7 @@ def _attention_shape(config: Any) -> AttentionShape | None:
 
 @dataclass(frozen=True)
 class _Part:
-    """One operation of the probe: ``run(turn)`` of ``flops``, and how often a forward repeats it."""
+    """One operation: ``run(turn)`` of ``flops`` operations, which a forward repeats ``times``."""
 
     run: Callable[[int], Tensor]
     flops: int
@@ -89,8 +89,8 @@ class Probe:
     """Times one linear of each shape, and one layer's attention, in place of a whole forward.
 
     ``rows`` tokens stand for the ``tokens`` of a forward behind ``past`` cached ones; one pass has
-    ``flops`` floating point operations. Each measurement takes the weights of the next layer, so that they come from memory as they do in a
-    forward, and the modules' own weights, so that none are copied.
+    ``flops`` floating point operations. Each pass takes the weights of the next layer, so that they
+    come from memory as they do in a forward, and the modules' own weights, so that none are copied.
     """
 
     def __init__(self, shapes: ModelShapes, tokens: int, rows: int, past: int = 0) -> None:

@@ -170,7 +170,8 @@ class _Race:
         """Each count's time over its round's median, as the median over the rounds."""
         if not self.times[alive[0]]:
             return {}
-        middles = [statistics.median(each) for each in zip(*(self.times[c] for c in alive))]
+        rounds = zip(*(self.times[count] for count in alive), strict=True)
+        middles = list(map(statistics.median, rounds))
         return {
             count: statistics.median(map(truediv, self.times[count], middles)) for count in alive
         }

@@ -52,7 +52,7 @@ def sweep_threads(
     budget_s: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> ThreadChoice:
-    """Choose among ``candidates`` for ``forwards`` forwards, at a cost of at most 2 % of their time.
+    """Choose among ``candidates`` for ``forwards`` forwards, for at most 2 % of their time.
 
     Args:
         candidates: thread counts, ascending, two and more.

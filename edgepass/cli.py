@@ -1,4 +1,4 @@
-"""The command line: ``edgepass lower | run | eval | simulate | explain | recipes | encodings``.
+"""The command line: lower, run, eval, simulate, explain, tune-threads, recipes, encodings.
 
 What needs torch is imported inside the commands, so that ``--help`` is quick.
 """
@@ -94,6 +94,9 @@ def lower(
         Path | None, typer.Option(help="qnn: the UTF-8 text to calibrate on.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="qnn: read this many of it.")] = 1024,
+    calibration_num_threads: Annotated[
+        int | None, typer.Option(help="qnn: calibrate with these, not with the best found.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize, fuse and lower a model into a folder that `run` and `eval` read."""
@@ -105,7 +108,10 @@ def lower(
         check_foreign_options(backend, group_size=(group_size, None), dtype=(dtype, "fp32"))
         _check_writable(out)
         sizes = read_block_sizes(block_size_for or ())
-        options = QnnOptions(soc, recipe, block_size, kv_bits, prefill_chunk, context, sizes)
+        threads = calibration_num_threads
+        options = QnnOptions(
+            soc, recipe, block_size, kv_bits, prefill_chunk, context, sizes, threads
+        )
         report = lower_command(
             model, out, options, calibration, calibration_tokens, layers, trust_remote_code, check
         )
@@ -126,6 +132,7 @@ def lower(
             prefill_chunk=(prefill_chunk, 128),
             calibration=(calibration, None),
             calibration_tokens=(calibration_tokens, 1024),
+            calibration_num_threads=(calibration_num_threads, None),
         )
         _check_writable(out)
         loaded, tokenizer = api.load_model(
@@ -245,6 +252,30 @@ def explain(
         progress("fuse")
         rows = api.explain(program, backend)
     console.show({"linears": rows}, as_json, lambda: console.print_linears(rows))
+
+
+@app.command(name="tune-threads")
+def tune_threads(
+    model: Model,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Tokens of the calibration; the sweep may cost 2 % of its time.")
+    ] = 32768,
+    context: Annotated[int, typer.Option(help="Tokens in a chunk, and behind a step.")] = 1024,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds that each sweep may cost, instead of 2 %.")
+    ] = None,
+    layers: Layers = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show how fast the calibration and the decode step are with each thread count."""
+    from edgepass import thread_commands
+
+    with console.show_progress() as progress:
+        tuning = thread_commands.tune_command(
+            model, calibration_tokens, context, budget, layers, trust_remote_code, progress
+        )
+    console.show(tuning, as_json, lambda: thread_commands.print_tuning(tuning))
 
 
 recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")

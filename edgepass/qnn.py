@@ -27,6 +27,7 @@ class QnnOptions:
     modules: keys are ends of their paths (``down_proj``), in which ``*`` stands for anything
     (``layers.0.*``), and the last that fits counts. ``prefill_chunk`` tokens are prefilled a call,
     ``context`` fit.
+    ``calibration_threads`` are used while calibrating, instead of the best that a sweep finds.
     """
 
     soc: str = "SM8650"
@@ -36,6 +37,7 @@ class QnnOptions:
     prefill_chunk: int = 128
     context: int = 1024
     layer_block_sizes: Mapping[str, int] = field(default_factory=dict)
+    calibration_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,21 @@ def lower_for_qnn(
     prepare_libraries()
     soc = find_chip(options.soc)
 
+    from edgepass.calibration.tuned_threads import tuned_threads
     from edgepass.lowering.qnn_decoder import quantize_decoder
     from edgepass.lowering.qnn_quantizer import QnnQuantization
     from edgepass.models.cache_decoder import CacheIoDecoder
 
-    with stages.stage("calibrate"):
+    texts = cut_texts(tokens, options.context)
+    count, threads = sum(map(len, texts)), options.calibration_threads
+    with (
+        stages.stage("calibrate"),
+        tuned_threads(model, count, threads, chunk=len(texts[0])) as choice,
+    ):
         quantization = QnnQuantization(
             recipe, soc, options.kv_bits, options.block_size, options.layer_block_sizes
         )
         decoder = CacheIoDecoder(model, options.context)
-        texts = cut_texts(tokens, options.context)
         quantized = quantize_decoder(decoder, quantization, texts, options.prefill_chunk)
     manager = _lower(quantized, soc, recipe, options, stages)
     buffer = bytes(manager.buffer)
@@ -115,7 +122,8 @@ def lower_for_qnn(
         "vocabulary": int(model.config.vocab_size),
         "layers": decoder.layers,
         "end_tokens": end_tokens(model),
-        "calibration_tokens": sum(map(len, texts)),
+        "calibration_tokens": count,
+        "calibration_threads": choice.report(),
         "encodings": len(quantized.encodings),
         "io": describe_io(quantized),
         **_delegates(manager, quantized.forms),
@@ -164,12 +172,16 @@ def _delegates(manager: Any, forms: Any) -> dict[str, Any]:
 
 def check_options(options: QnnOptions) -> Any:
     """Return the recipe. Raises InvalidArgumentError for options that do not fit each other."""
+    from edgepass.calibration.cpu_limits import cpu_limits
+    from edgepass.calibration.thread_candidates import check_threads
     from edgepass.lowering.qnn_block_sizes import check_blocks
     from edgepass.lowering.qnn_recipes import check_kv_bits, find_qnn_recipe
 
     recipe = find_qnn_recipe(options.recipe)
     check_kv_bits(recipe, options.kv_bits)
     check_blocks(recipe, options.block_size, options.layer_block_sizes)
+    if options.calibration_threads is not None:
+        check_threads("calibration_num_threads", options.calibration_threads, cpu_limits())
     if not 2 <= options.prefill_chunk < options.context:
         raise InvalidArgumentError(
             f"got prefill_chunk={options.prefill_chunk} for context={options.context}, accepted "

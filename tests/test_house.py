@@ -128,7 +128,7 @@ def documented_commands() -> dict[str, set[str]]:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```(?:sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                if match := re.match(r"\s*(?:\$ )?edgepass (\w+)(.*)", line):
+                if match := re.match(r"\s*(?:\$ )?edgepass ([\w-]+)(.*)", line):
                     options = re.findall(r"(?<!\S)--[a-z-]+", match[2])
                     commands.setdefault(match[1], set()).update(options)
     return commands

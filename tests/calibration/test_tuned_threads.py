@@ -128,7 +128,6 @@ def test_a_real_sweep_ends_within_its_candidates(machine, present, choose) -> No
     assert choice.why == "swept"
     assert choice.threads in {1, 2}
     assert {trial.threads for trial in choice.sweep.trials} == {1, 2}
-    assert 0 < choice.sweep.cost_s < 60
     assert torch.get_num_threads() == present
 
 

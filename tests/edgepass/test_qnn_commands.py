@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from edgepass import qnn
+from edgepass.calibration.cpu_limits import cpu_limits
 from edgepass.generation import generate, load_decoder
 from edgepass.models.load import load_tokenizer
 from edgepass.ops.encodings_file import read_encodings_file
@@ -52,6 +53,13 @@ def test_the_folder_holds_everything(lowered) -> None:
     encodings = read_encodings_file(lowered.folder / "encodings.json")
     assert len(encodings) == lowered.report["encodings"] > 50
     assert encodings["model.layers.0.mlp.up_proj.weight"].block == 32
+
+
+def test_the_report_says_with_how_many_threads_it_was_calibrated(lowered) -> None:
+    # Two chunks of a tiny model are over before a sweep could pay.
+    choice = lowered.report["calibration_threads"]
+    assert choice["sweep"] is None
+    assert choice["threads"] == min(torch.get_num_threads(), cpu_limits().threads)
 
 
 def test_both_methods_are_one_delegate_and_nothing_is_outside(lowered) -> None:

@@ -1,4 +1,4 @@
-"""Custom operators and the numerics that they share. Imports torch only.
+"""Custom operators and the numerics that they share. Imports torch and numpy only.
 
 Importing this package registers the operators of the ``edgepass`` namespace with torch.
 """

@@ -6,17 +6,20 @@ K holds 8, the value 0.
 *Embedding layout* (``quantized_decomposed.embedding_4bit``): the same with the even column in the
 high nibble.
 
-Two neighbouring int8 values are read as one int16, and the work is done in chunks that stay in
-the second-level cache, so that each byte crosses the memory bus once.
+Two neighbouring int8 values are read as one 16-bit number, and the work is done in chunks that
+stay in the second-level cache, so that each byte crosses the memory bus once.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import torch
 
 from edgepass.ops.checks import check_dtype, refuse
 
-# Values a chunk: it, its int16 scratch and its result take 1.25 MB. Below 2^18 the fixed cost of
-# each torch call shows; above 2^19 the second-level cache overflows.
-_CHUNK = 1 << 19
+_CHUNK = 1 << 17  # pairs of values: with their scratch and the result, 0.6 MB
+_PARALLEL = 1 << 21  # pairs from which on a thread pays for its start
 
 
 def pack_int4(w: torch.Tensor) -> torch.Tensor:
@@ -29,14 +32,12 @@ def pack_int4(w: torch.Tensor) -> torch.Tensor:
         refuse("pack_int4", "w.shape", list(w.shape), "[N, K]")
     if w.shape[1] % 2:
         w = torch.nn.functional.pad(w, (0, 1))
-    pairs = w.contiguous().view(-1)
-    packed = torch.empty(pairs.numel() // 2, dtype=torch.uint8)
-    scratch = torch.empty(min(_CHUNK, pairs.numel()) // 2, dtype=torch.int16)
-    for start in range(0, pairs.numel(), _CHUNK):
-        chunk = pairs[start : start + _CHUNK]
-        _check_range(chunk)
-        _pack_chunk(chunk, scratch, packed[start // 2 : (start + _CHUNK) // 2])
-    return packed.view(w.shape[0], w.shape[1] // 2)
+    packed = torch.empty((w.shape[0], w.shape[1] // 2), dtype=torch.uint8)
+    pairs = w.detach().contiguous().numpy().reshape(-1).view(np.uint16)
+    if not _in_parts(_pack, pairs, packed.numpy().reshape(-1)):
+        low, high = (int(bound) for bound in w.aminmax())
+        refuse("pack_int4", "w", f"{low}..{high}", "values in -8..7")
+    return packed
 
 
 def unpack_int4(packed: torch.Tensor, k: int) -> torch.Tensor:
@@ -44,13 +45,10 @@ def unpack_int4(packed: torch.Tensor, k: int) -> torch.Tensor:
     check_dtype("unpack_int4", "packed", packed, (torch.uint8,))
     if packed.dim() != 2 or packed.shape[1] != (k + 1) // 2:
         refuse("unpack_int4", "packed.shape", list(packed.shape), f"[N, ceil(k/2)] with k={k}")
-    flat = packed.contiguous().view(-1)
-    w = torch.empty(2 * flat.numel(), dtype=torch.int8)
-    scratch = torch.empty(min(_CHUNK // 2, flat.numel()), dtype=torch.int16)
-    for start in range(0, flat.numel(), _CHUNK // 2):
-        chunk = flat[start : start + _CHUNK // 2]
-        _unpack_chunk(chunk, scratch, w[2 * start : 2 * start + _CHUNK])
-    return w.view(packed.shape[0], 2 * packed.shape[1])[:, :k].contiguous()
+    w = torch.empty((packed.shape[0], 2 * packed.shape[1]), dtype=torch.int8)
+    pairs = w.numpy().reshape(-1).view(np.uint16)
+    _in_parts(_unpack, packed.contiguous().numpy().reshape(-1), pairs)
+    return w[:, :k].contiguous()
 
 
 def pack_embedding_int4(w: torch.Tensor) -> torch.Tensor:
@@ -97,7 +95,7 @@ def dequantize_int4(
     out = torch.empty((packed.shape[0], k), dtype=dtype)
     if zeros is not None and not zeros.any():
         zeros = None
-    rows = max(1, _CHUNK // 2 // k)
+    rows = max(1, _CHUNK // k)
     for start in range(0, packed.shape[0], rows):
         part = slice(start, start + rows)
         part_zeros = None if zeros is None else zeros[part]
@@ -120,26 +118,40 @@ def _dequantize_into(
     groups.mul_(scales.to(out.dtype).unsqueeze(-1))
 
 
-def _check_range(chunk: torch.Tensor) -> None:
-    low, high = (int(bound) for bound in chunk.aminmax())
-    if low < -8 or high > 7:
-        refuse("pack_int4", "w", f"{low}..{high}", "values in -8..7")
+def _in_parts(work: Callable[..., bool], source: np.ndarray, target: np.ndarray) -> bool:
+    """Call ``work`` on parts of two flat arrays, one a thread, and tell whether all return True."""
+    threads = torch.get_num_threads() if source.size >= _PARALLEL else 1
+    if threads == 1:
+        return work(source, target)
+    share = -(-source.size // threads)
+    parts = [slice(start, start + share) for start in range(0, source.size, share)]
+    with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter's lock
+        return all(list(pool.map(lambda part: work(source[part], target[part]), parts)))
 
 
-def _pack_chunk(chunk: torch.Tensor, scratch: torch.Tensor, packed: torch.Tensor) -> None:
-    """Byte by byte ``even + 16 * odd + 0x88``, modulo 256, of little-endian pairs."""
-    pairs = chunk.view(torch.int16)
-    odd = scratch[: pairs.numel()]
-    torch.bitwise_right_shift(pairs, 8, out=odd)
-    torch.add(pairs, odd, alpha=16, out=odd)
-    packed.copy_(odd)  # the low byte; the high one is dropped
-    packed.add_(0x88)
+def _pack(pairs: np.ndarray, packed: np.ndarray) -> bool:
+    """Pack little-endian pairs, even + 256 * odd, into bytes; return False if one is no int4."""
+    nibbles, shifted = (np.empty(min(_CHUNK, pairs.size), np.uint16) for _ in range(2))
+    for start in range(0, pairs.size, _CHUNK):
+        chunk = pairs[start : start + _CHUNK]
+        lifted, odd = nibbles[: chunk.size], shifted[: chunk.size]
+        values = np.add(chunk.view(np.uint8), 8, out=lifted.view(np.uint8))
+        if values.max() > 15:  # -8..7 has become 0..15, all else is above, modulo 256
+            return False
+        np.right_shift(lifted, 4, out=odd)
+        target = packed[start : start + _CHUNK]
+        np.bitwise_or(lifted, odd, out=target, casting="unsafe")  # keeps the low byte
+    return True
 
 
-def _unpack_chunk(packed: torch.Tensor, scratch: torch.Tensor, w: torch.Tensor) -> None:
-    pairs = w.view(torch.int16)
-    pairs.copy_(packed)
-    odd = scratch[: pairs.numel()]
-    torch.bitwise_left_shift(pairs, 4, out=odd)
-    pairs.bitwise_or_(odd).bitwise_and_(0x0F0F)
-    w.sub_(8)
+def _unpack(packed: np.ndarray, pairs: np.ndarray) -> bool:
+    """Undo ``_pack``."""
+    nibbles = np.empty(min(_CHUNK, packed.size), np.uint16)
+    for start in range(0, packed.size, _CHUNK):
+        chunk = packed[start : start + _CHUNK]
+        spread = np.left_shift(chunk, 4, out=nibbles[: chunk.size], dtype=np.uint16)
+        np.bitwise_or(spread, chunk, out=spread)
+        np.bitwise_and(spread, 0x0F0F, out=spread)
+        target = pairs[start : start + _CHUNK]
+        np.subtract(spread.view(np.uint8), 8, out=target.view(np.uint8))
+    return True

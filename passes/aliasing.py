@@ -50,7 +50,7 @@ def has_effect(node: Node) -> bool:
     if node.op != "call_function":
         return node.op in ("placeholder", "output")
     if overload_of(node.target) is None:
-        return node.is_impure(impure_random=False)
+        return not is_getitem(node) and node.is_impure(impure_random=False)
     operator_name(node.target)  # keeps the target alive, so that its identity stays its own
     found = _EFFECTS.get(id(node.target))
     if found is None:

@@ -14,7 +14,7 @@ from edgepass.passes.drop_no_ops import DropCast, DropCopy, DropUnitFactor
 from edgepass.passes.graph_pass import GraphPass, NoMatch
 from edgepass.passes.pattern import anything, ops
 from edgepass.passes.program import WorkingProgram
-from edgepass.passes.rewriter import RewriteLog, RuleCount
+from edgepass.passes.rewriter import RewriteLog, Rewriter, RuleCount
 from edgepass.passes.rule import RewriteRule
 
 aten = ops("aten")
@@ -64,9 +64,10 @@ class Canonicalize(GraphPass):
         )
 
     def run(self, program: WorkingProgram) -> RewriteLog:
-        log = super().run(program)
+        log = Rewriter(self.rules()).apply(program)
         merged = program.merge_equal_constants()
         erased = program.remove_dead_calls()
+        program.remove_unused_constants()
         log.counts["merge-equal-constants"] = RuleCount(merged, 0, merged)
         log.counts["remove-dead-calls"] = RuleCount(erased, 0, erased)
         return log

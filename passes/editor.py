@@ -8,7 +8,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from edgepass.passes.program import WorkingProgram
-from edgepass.passes.targets import is_getitem
+from edgepass.passes.targets import is_getitem, node_label
 
 _OF_THE_VALUE = ("val", "tensor_meta", "eager_input_vals")  # metadata that describes one result
 
@@ -30,15 +30,18 @@ class Editor:
         """
         if isinstance(target, torch._ops.OpOverloadPacket):
             target = target.default
-        with self.program.graph.inserting_before(self.anchor):
-            node = self.program.graph.call_function(target, arguments, keywords)
-        meta = dict(self.anchor.meta)
+        graph, meta = self.program.graph, dict(self.anchor.meta)
         for name in _OF_THE_VALUE:
             meta.pop(name, None)
-        node.meta = meta
-        node.meta["edgepass_rule"] = self._rule_name
+        meta["edgepass_rule"] = self._rule_name
         if like is not None and "val" in like.meta:
-            node.meta["val"] = like.meta["val"]
+            meta["val"] = like.meta["val"]
+        # Given with the call, the arguments would be searched for symbolic sizes, and without a
+        # name one is derived from the target: together they cost twice what the rest does.
+        with graph.inserting_before(self.anchor):
+            node = graph.call_function(target, name=node_label(target))
+        node.args, node.kwargs = arguments, keywords
+        node.meta.update(meta)
         self.created.append(node)
         return node
 

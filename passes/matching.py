@@ -88,7 +88,7 @@ class Match:
     ) -> None:
         values = self.__dict__
         values.update(unbound)
-        values.update((k, v) for k, v in search.bindings.items() if k.__class__ is str)
+        values.update({k: v for k, v in search.bindings.items() if k.__class__ is str})
         self.anchor = anchor
         self.nodes = tuple(dict.fromkeys(search.nodes))
         self.program = program

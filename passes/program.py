@@ -59,6 +59,7 @@ class WorkingProgram:
         self._outputs = list(exported.graph_signature.output_specs)
         self._derived: dict[Hashable, Node] = {}
         self._fake_mode = detect_fake_mode([each.meta.get("val") for each in self.placeholders])
+        self._fakes: dict[Hashable, torch.Tensor] = {}
         self._after_constants: Node | None = None
         self.find_mutations()
 
@@ -173,7 +174,7 @@ class WorkingProgram:
         target = self._unused(qualified_name)
         name = "b_" + target.replace(".", "_")
         with self.graph.inserting_before(self._end_of_constants()):
-            node = self.graph.placeholder(name)
+            node = self.graph.create_node("placeholder", name, name=name)
         node.meta["val"] = self._fake(tensor) if like is None else like.meta["val"]
         self._state[target] = tensor.detach()
         argument = TensorArgument(name=node.name)
@@ -207,31 +208,38 @@ class WorkingProgram:
         node.meta["val"] = self._fake(tensor)
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the fake value of a constant; equal forms share one, since making it is slow."""
         if self._fake_mode is None:
             return tensor
-        shape = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-        )
-        return FakeTensor(self._fake_mode, shape, tensor.device)
+        form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        fake = self._fakes.get(form)
+        if fake is None:
+            meta = torch.empty_strided(*form[:2], dtype=tensor.dtype, device="meta")
+            fake = self._fakes[form] = FakeTensor(self._fake_mode, meta, tensor.device)
+        return fake
 
     def remove_dead_calls(self) -> int:
-        """Erase calls without users and without effects, and return how many."""
+        """Erase calls without users and without effects, and return how many.
+
+        The constants that only they used stay: see ``remove_unused_constants``.
+        """
         removed = 0
         for node in reversed(self.graph.nodes):
             if not node.users and not has_effect(node):
                 self.graph.erase_node(node)
                 removed += 1
-        self.remove_unused_constants()
         return removed
 
     def remove_unused_constants(self) -> int:
         """Drop constants without users, and return how many. The user's inputs always stay."""
-        unused = [node for node in self.placeholders if self.is_constant(node) and not node.users]
+        unused = [node for node in self.placeholders if not node.users and self.is_constant(node)]
+        if not unused:
+            return 0
         targets = {self._target(node) for node in unused}
         for node in unused:
             del self._inputs[node]
             self.graph.erase_node(node)
-        targets -= {spec.target or "" for spec in self._inputs.values()}
+        targets.difference_update(spec.target for spec in self._inputs.values())
         for target in targets:
             self._state.pop(target, None)
             self._constants.pop(target, None)
@@ -240,6 +248,7 @@ class WorkingProgram:
     def merge_equal_constants(self) -> int:
         """Let equal constants share one placeholder, and return how many were merged.
 
+        The others stay, without users: see ``remove_unused_constants``.
         Buffers that the program changes are never merged: all empty caches are equal.
         """
         mutable = self.mutable_constants()
@@ -258,7 +267,6 @@ class WorkingProgram:
             else:
                 node.replace_all_uses_with(twin)
                 merged += 1
-        self.remove_unused_constants()
         return merged
 
     def to_exported(self) -> ExportedProgram:

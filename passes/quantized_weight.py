@@ -205,7 +205,7 @@ def _check_encodings(
         if tensor is not None and tensor.numel() not in (1, groups):
             return Refusal(f"{node} has {tensor.numel()} values for {groups} groups", scales)
     zero = program.constant(zeros)
-    if zero is None:
+    if zero is None or not zero.any():
         return None
     whole = not zero.is_floating_point() or torch.equal(zero, zero.round())
     low, high = (float(bound) for bound in zero.aminmax())

@@ -88,9 +88,7 @@ class Rewriter:
         log = RewriteLog({compiled.rule.name: RuleCount() for compiled in self.rules})
         mutations = program.find_mutations()
         for node in list(program.graph.nodes):
-            if node.op != "call_function" or node._erased:
-                continue
-            if self._rules_at(node):
+            if node.op == "call_function" and not node._erased and self._rules_at(node):
                 self._settle(node, program, mutations, log)
         return log
 
@@ -159,11 +157,11 @@ def _erase_dead(nodes: Sequence[Node]) -> None:
     candidates, pending = set(nodes), list(nodes)
     while pending:
         node = pending.pop()
-        if node._erased or node.users or has_effect(node):
+        if node.users or node._erased or has_effect(node):
             continue
-        inputs = node.all_input_nodes
+        freed = candidates.intersection(node.all_input_nodes)
         node.graph.erase_node(node)
-        pending.extend(each for each in inputs if each in candidates)
+        pending.extend(freed)
 
 
 def _crosses_write(match: Match, mutations: MutationTable) -> Refusal | None:

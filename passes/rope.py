@@ -14,6 +14,7 @@ from edgepass.passes.graph_pass import GraphPass, Order
 from edgepass.passes.matching import Match
 from edgepass.passes.pattern import attr, axis, ops
 from edgepass.passes.rule import Refusal, RewriteRule
+from edgepass.passes.shapes import same_size
 from edgepass.passes.targets import is_call
 
 aten = ops("aten")
@@ -95,7 +96,7 @@ def _check_angles(match: Match, width: int) -> Refusal | None:
         value = angles.meta.get("val") if isinstance(angles, Node) else None
         if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[-1] != width:
             return Refusal(f"an angle table is no tensor [.., S, {width}]", match.anchor)
-        if value.dim() != 4 or value.shape[1] != 1 or str(value.shape[2]) != str(x.shape[2]):
+        if value.dim() != 4 or value.shape[1] != 1 or not same_size(value.shape[2], x.shape[2]):
             shape = [str(size) for size in value.shape]
             return Refusal(f"{angles.name} is {shape}, expected [B, 1, S, {width}]", angles)
         if value.dtype != x.dtype:

@@ -47,7 +47,7 @@ class ShareActivationQuantization(GraphPass):
         count = RuleCount()
         log = RewriteLog({self.name: count})
         mutations = program.find_mutations()
-        first: dict[Hashable, Node] = {}
+        kept: dict[Hashable, list[Node]] = {}  # by operator and first argument
         for node in list(program.graph.nodes):
             if not _is_quantization(node):
                 continue
@@ -55,12 +55,15 @@ class ShareActivationQuantization(GraphPass):
             if mutations and any(map(mutations.is_changed, node.all_input_nodes)):
                 count.refused += 1
                 continue
-            twin = first.setdefault(_key(node), node)
-            if twin is not node:
-                node.replace_all_uses_with(twin)
-                log.replacements.append(Replacement(node.name, twin, self.name))
-                program.graph.erase_node(node)
-                count.applied += 1
+            alike = kept.setdefault((id(node.target), node.args[:1]), [])
+            twin = next((each for each in alike if _same_arguments(each, node)), None)
+            if twin is None:
+                alike.append(node)
+                continue
+            node.replace_all_uses_with(twin)
+            log.replacements.append(Replacement(node.name, twin, self.name))
+            program.graph.erase_node(node)
+            count.applied += 1
         return log
 
 
@@ -70,11 +73,16 @@ def _is_quantization(node: Node) -> bool:
     return node.op == "call_function" and operator_name(node.target) in _PURE
 
 
-def _key(node: Node) -> Hashable:
-    return (node.target, _hashable(node.args), _hashable(sorted(node.kwargs.items())))
+def _same_arguments(left: Node, right: Node) -> bool:
+    return _same(left.args, right.args) and _same(left.kwargs, right.kwargs)
 
 
-def _hashable(value: Any) -> Hashable:
-    if isinstance(value, (list, tuple)):
-        return tuple(_hashable(each) for each in value)
-    return (type(value), value)  # 1, 1.0 and True are not one argument
+def _same(left: Any, right: Any) -> bool:
+    """Compare arguments by value and type: 1, 1.0 and True are not one argument."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return bool(left == right)

@@ -37,11 +37,12 @@ def overload_of(target: Any) -> OpOverload | None:
 class _OperatorInfo:
     """What is known of one target, found once."""
 
-    __slots__ = ("name", "parameters", "positions", "target")
+    __slots__ = ("label", "name", "parameters", "positions", "target")
 
     def __init__(self, target: Any) -> None:
         self.target = target
         self.name = _name(target)
+        self.label = getattr(target, "__name__", self.name).replace(".", "_")
         self.parameters = _parameters(target)
         self.positions = {each.name: i for i, each in enumerate(self.parameters or ())}
 
@@ -91,6 +92,11 @@ def operator_name(target: Any) -> str:
     return _info(target).name
 
 
+def node_label(target: Any) -> str:
+    """Return the name that a new call of ``target`` gets, as FX forms it: ``"mul_tensor"``."""
+    return _info(target).label
+
+
 def parameters(target: Any) -> tuple[Parameter, ...] | None:
     """Return the schema's parameters in order, or None for a target without a schema."""
     return _info(target).parameters
@@ -101,10 +107,10 @@ def argument(node: Node, name: str) -> Any:
 
     Raises KeyError if the operator of ``node`` has no parameter of that name.
     """
-    info = _info(node.target)
+    info, given = _info(node.target), node.args
     position = info.positions[name]
-    if position < len(node.args):
-        return node.args[position]
+    if position < len(given):
+        return given[position]
     assert info.parameters is not None, "a position comes from the parameters"
     return node.kwargs.get(name, info.parameters[position].default)
 

@@ -78,6 +78,18 @@ def test_chunks_meet_without_a_seam() -> None:
     assert torch.equal(packing.unpack_int4(packed, w.shape[1]), w)
 
 
+def test_threads_meet_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_PARALLEL", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    w = random_int4(7, 11, 0)
+    packed = packing.pack_int4(w)
+    assert torch.equal(unpack_linear_layout(packed, w.shape[1]), w.long())
+    assert torch.equal(packing.unpack_int4(packed, w.shape[1]), w)
+    w[-1, -1] = 8
+    with pytest.raises(InvalidArgumentError, match=r"w=-8\.\.8; expected values in -8\.\.7"):
+        packing.pack_int4(w)
+
+
 def test_non_contiguous_weights() -> None:
     w = random_int4(12, 30, 0)
     assert torch.equal(packing.pack_int4(w.t()), packing.pack_int4(w.t().contiguous()))

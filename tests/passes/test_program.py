@@ -56,6 +56,7 @@ def test_equal_constants_become_one_but_caches_stay_apart() -> None:
     exported = export(Tied(), (X,))
     program = WorkingProgram(exported)
     assert program.merge_equal_constants() == 1
+    assert program.remove_unused_constants() == 1
     names = {program.qualified_name(n) for n in program.placeholders} - {None}
     assert names == {"first", "cache_a", "cache_b"}
     rewritten = program.to_exported()

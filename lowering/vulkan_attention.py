@@ -82,12 +82,15 @@ class AttentionLowering:
     def _check(self, node: Node, keys: _Cache, values: _Cache) -> None:
         q, cache = argument(node, "q").meta["val"], keys.buffer.meta["val"]
         window, rows = argument(node, "window"), cache.shape[2]
+        softcap = argument(node, "softcap")
         if q.shape[0] != 1:
             raise Refused(f"batch {q.shape[0]}: the runtime's attention takes one sequence")
         if q.shape[3] % 4:
             raise Refused(f"head size {q.shape[3]} is not a multiple of 4")
         if 0 < window < rows:
             raise Refused(f"window {window} of {rows} cache rows: the runtime attends to all")
+        if softcap:
+            raise Refused(f"scores are capped at {softcap:g}: the runtime's attention has no cap")
         if keys.buffer is values.buffer:
             raise Refused(f"keys and values share the cache {keys.buffer.name}")
         if not self.editor.is_user_input(argument(node, "input_pos")):

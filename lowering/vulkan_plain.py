@@ -149,7 +149,13 @@ def position_rows(length: Any, table: Tensor, input_pos: Tensor) -> Tensor:
 
 
 def cached_attention(
-    scale: float, window: int, q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor
+    scale: float,
+    window: int,
+    softcap: float,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
 ) -> Tensor:
     groups = q.shape[1] // k_cache.shape[1]
     keys = k_cache.repeat_interleave(groups, dim=1) if groups > 1 else k_cache
@@ -160,6 +166,8 @@ def cached_attention(
     if window:
         visible = visible & (rows > tokens - window)
     scores = torch.matmul(q, keys.transpose(-2, -1)) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
     scores = torch.where(visible, scores, torch.full((), float("-inf"), dtype=scores.dtype))
     return torch.matmul(torch.softmax(scores, dim=-1), values)
 
@@ -213,7 +221,7 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "edgepass.rms_norm": _of(rms_norm, "eps", "x", "weight"),
     "edgepass.rotary": _of(rotary, "interleaved", "x", "cos", "sin"),
     "edgepass.cached_attention": _of(
-        *(cached_attention, "scale window", "q", "k_cache", "v_cache", "input_pos")
+        *(cached_attention, "scale window softcap", "q", "k_cache", "v_cache", "input_pos")
     ),
 }
 

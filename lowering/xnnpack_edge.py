@@ -22,6 +22,7 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Graph, Node
 
+import edgepass.ops  # noqa: F401  registers the operators that are named below
 from edgepass.lowering.edge_forms import BINARY, RENAMED, edge_program, joins_one_dtype
 from edgepass.passes.targets import argument, is_call
 
@@ -35,6 +36,7 @@ _RENAMED: dict[Any, Any] = {
     _aten.linear.default: _edge.aten.linear.default,
     _aten.silu.default: _edge.aten.silu.default,
     _aten.neg.default: _edge.aten.neg.default,
+    _aten.tanh.default: _edge.aten.tanh.default,
     _aten.exp.default: _edge.aten.exp.default,
     _aten.rsqrt.default: _edge.aten.rsqrt.default,
     _aten.clamp.default: _edge.aten.clamp.default,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from edgepass.lowering.xnnpack_spelling import spell_activation
 from edgepass.ops.errors import ProgramError
 from edgepass.passes.editor import Editor
 from edgepass.passes.program import WorkingProgram
@@ -61,8 +62,8 @@ def prepare(program: WorkingProgram, *, cache_dtype: torch.dtype = torch.float16
             _replace_view(program, node)
         elif is_call(node, "aten.transpose"):
             _replace_transpose(program, node)
-        elif is_call(node, "aten.silu") and node.meta["val"].dtype != torch.float32:
-            _spell_silu(program, node)
+        else:
+            spell_activation(program, node)
     program.graph.eliminate_dead_code()
     program.remove_unused_constants()
     _require_float32(program)
@@ -77,16 +78,6 @@ def _require_float32(program: WorkingProgram) -> None:
                 f"cannot lower for XNNPACK: got {node.name} with dtype={dtype}, accepted is "
                 "float32: export the module after `.float()`"
             )
-
-
-def _spell_silu(program: WorkingProgram, node: Node) -> None:
-    """The portable runtime has no silu, and XNNPACK's delegate only float32's."""
-    editor = Editor(program, node, _RULE)
-    x = node.args[0]
-    gate = editor.call(torch.ops.aten.sigmoid.default, x, like=node)
-    product = editor.call(torch.ops.aten.mul.Tensor, x, gate, like=node)
-    node.replace_all_uses_with(product)
-    program.graph.erase_node(node)
 
 
 def _positions(
@@ -172,7 +163,7 @@ def _replace_rows(shared: Positions, node: Node) -> None:
 
 def _replace_attention(shared: Positions, node: Node, cache_dtype: torch.dtype) -> None:
     query, keys, values, _, scale = node.args[:5]
-    window = argument(node, "window")
+    window, softcap = argument(node, "window"), argument(node, "softcap")
     if query.meta["val"].shape[0] != 1:
         raise ProgramError(
             f"{node.name}: got batch={query.meta['val'].shape[0]}, a cache holds one sequence"
@@ -181,7 +172,7 @@ def _replace_attention(shared: Positions, node: Node, cache_dtype: torch.dtype) 
     visible = [_update(shared, editor, write, cache_dtype) for write in (keys, values)]
     mask = _mask(shared, editor, int(keys.meta["val"].shape[2]), window)
     attention = editor.call(
-        torch.ops.edgepass.masked_attention, query, *visible, mask, scale, like=node
+        torch.ops.edgepass.masked_attention, query, *visible, mask, scale, softcap, like=node
     )
     node.replace_all_uses_with(attention)
     graph = shared.program.graph

@@ -22,6 +22,7 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNSigmoid,
     XNNSoftmax,
     XNNSquare,
+    XNNTanh,
 )
 from executorch.backends.xnnpack.utils.utils import get_param_tensor
 from torch.fx import Node
@@ -144,23 +145,29 @@ def inferred(dims: list[int], index: int) -> list[int]:
 
 @register_node_visitor
 class MaskedAttentionVisitor(FusedOpVisitor):
-    """softmax(q k^T * scale + mask) v; query heads of one KV head are folded into a batch."""
+    """softmax(cap(q k^T * scale) + mask) v; query heads of one KV head are folded into a batch."""
 
     target = "edgepass.masked_attention.default"
 
     def emit(self, node: Node, emitter: Emitter, ids: ValueIds) -> None:
-        query, key, value, mask, scale = node.args
+        query, key, value, mask, scale, *rest = node.args
+        softcap = rest[0] if rest else 0.0
         q, k, v, m = (self.input(n, emitter, ids) for n in (query, key, value, mask))
         _, heads, tokens, width = emitter.dims(q)
         _, kv_heads, rows, _ = emitter.dims(k)
         groups = heads // kv_heads
         folded = [kv_heads, groups, tokens, width]
-        q = emitter.binary(XNNMultiply, q, emitter.constant(torch.tensor([scale])))
+        factor = scale / softcap if softcap else scale
+        q = emitter.binary(XNNMultiply, q, emitter.constant(torch.tensor([factor])))
         q = emitter.reshape(q, inferred(folded, 2), folded)
         cache = [kv_heads, 1, rows, width]
         k, v = (self.as_float(emitter, x) for x in (k, v))
         k, v = (emitter.reshape(x, inferred(cache, 2), cache) for x in (k, v))
-        scores = emitter.binary(XNNAdd, emitter.matmul(q, k, transpose_b=True), m)
+        scores = emitter.matmul(q, k, transpose_b=True)
+        if softcap:
+            ceiling = emitter.constant(torch.tensor([softcap]))
+            scores = emitter.binary(XNNMultiply, emitter.unary(XNNTanh, scores), ceiling)
+        scores = emitter.binary(XNNAdd, scores, m)
         out = emitter.matmul(emitter.unary(XNNSoftmax, scores), v, transpose_b=False)
         flat = [1, heads, tokens, width]
         emitter.reshape(out, inferred(flat, 2), flat, self.output(node, emitter, ids))

@@ -1,5 +1,7 @@
 """Causal attention over a static key-value cache, as one operator."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -16,14 +18,16 @@ def cached_attention(
     input_pos: torch.Tensor,
     scale: float,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Attend from S tokens at positions ``input_pos + i`` to the cache rows that they may see.
 
     q: float ``[B, H, S, D]``; caches: ``[B, Hkv, C, D]``, already updated for these tokens, H a
     multiple of Hkv; input_pos: int64 ``[1]``. Token at position p sees rows j <= p, and with
-    ``window`` > 0 only j > p - window. Returns ``[B, H, S, D]`` in q's dtype.
+    ``window`` > 0 only j > p - window. With ``softcap`` > 0 a score s becomes
+    ``softcap * tanh(s / softcap)`` (Gemma 2). Returns ``[B, H, S, D]`` in q's dtype.
     """
-    _check_attention(q, k_cache, v_cache, input_pos, window)
+    _check_attention(q, k_cache, v_cache, input_pos, window, softcap)
     start, length = int(input_pos), q.shape[2]
     end = start + length
     if start < 0 or end > k_cache.shape[2]:
@@ -32,6 +36,9 @@ def cached_attention(
     # Rows that no token sees are cut off: they may be stale, and prefill need not pay for them.
     first = max(0, start - window + 1) if window else 0
     keys, values = k_cache[:, :, first:end], v_cache[:, :, first:end]
+    if softcap:
+        hidden = None if length == 1 else _mask(start, end, first, window, torch.float32)
+        return attend_capped(q, keys, values, hidden, scale, softcap)
     if length == 1:
         return _attend_one(q, keys, values, scale)
     causal = start == 0 and not window
@@ -51,6 +58,30 @@ def _attend_one(
     return out.reshape(q.shape)
 
 
+def attend_capped(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """softmax(softcap * tanh(q k^T * scale / softcap) + mask) v, taken in float32.
+
+    q: ``[B, H, S, D]``; keys, values: ``[B, Hkv, L, D]``; mask: float32 ``[S, L]``. Returns q's
+    shape and dtype.
+    """
+    batch, heads, tokens, width = q.shape
+    shared = keys.shape[1]
+    folded = q.float().reshape(batch, shared, heads // shared, tokens, width) * (scale / softcap)
+    scores = torch.matmul(folded, keys.float().unsqueeze(2).transpose(-1, -2))
+    scores = scores.tanh_().mul_(softcap)
+    if mask is not None:
+        scores += mask
+    out = torch.matmul(scores.softmax(-1), values.float().unsqueeze(2))
+    return out.reshape(q.shape).to(q.dtype)
+
+
 def _mask(start: int, end: int, first: int, window: int, dtype: torch.dtype) -> torch.Tensor:
     """``[end - start, end - first]``: 0 where a token sees a row, else minus infinity."""
     tokens = torch.arange(start, end).unsqueeze(1)
@@ -68,8 +99,9 @@ def _cached_attention_fake(
     input_pos: torch.Tensor,
     scale: float,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
-    _check_attention(q, k_cache, v_cache, input_pos, window)
+    _check_attention(q, k_cache, v_cache, input_pos, window, softcap)
     return q.new_empty(q.shape)
 
 
@@ -79,6 +111,7 @@ def _check_attention(
     v_cache: torch.Tensor,
     input_pos: torch.Tensor,
     window: int,
+    softcap: float,
 ) -> None:
     check_dtype(_NAME, "q", q, FLOAT_DTYPES)
     check_dtype(_NAME, "k_cache", k_cache, (q.dtype,))
@@ -95,11 +128,13 @@ def _check_attention(
     check_shape(_NAME, "v_cache", v_cache, wanted, "B, Hkv, C, D")
     if window < 0:
         refuse(_NAME, "window", window, "0 (none) or more")
+    if not 0 <= softcap < math.inf:
+        refuse(_NAME, "softcap", softcap, "0 (none) or a positive number")
 
 
 register_operator(
     "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor input_pos, float scale,"
-    " int window=0) -> Tensor",
+    " int window=0, float softcap=0.0) -> Tensor",
     cached_attention,
     _cached_attention_fake,
 )

@@ -110,12 +110,20 @@ def position_rows(table: Tensor, input_pos: Tensor, length: int) -> Tensor:
 
 
 def cached_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, input_pos: Tensor, scale: float, window: int = 0
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    input_pos: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Softmax over the whole cache with the rows that a token must not see at minus infinity."""
     repeats = q.shape[1] // k_cache.shape[1]
     keys, values = (c.double().repeat_interleave(repeats, 1) for c in (k_cache, v_cache))
     scores = q.double() @ keys.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     positions = (input_pos + torch.arange(q.shape[2])).unsqueeze(1)
     rows = torch.arange(k_cache.shape[2])
     hidden = rows > positions

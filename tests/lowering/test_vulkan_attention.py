@@ -199,6 +199,19 @@ def test_a_cache_written_elsewhere_is_declined() -> None:
     assert "it is not 0.." in reason
 
 
+def test_capped_scores_are_declined_and_stay_the_same() -> None:
+    class Capped(DecoderLayer):
+        cap = 0.05
+
+    decoder = with_layer(Capped)
+    found = reasons(rewrite(decoder), "edgepass.cached_attention")
+    assert found == ["scores are capped at 0.05: the runtime's attention has no cap"]
+    assert agreement_db(decoder) > 110
+    uncapped = EagerRun(export_decoder(Decoder()))
+    ids, start = torch.arange(5)[None], torch.tensor([0])
+    assert sqnr_db(uncapped(ids, start), EagerRun(export_decoder(decoder))(ids, start)) < 60
+
+
 def test_declined_attention_reads_its_position_apart_from_the_others() -> None:
     decoder = Decoder(layers=2)
     decoder.layers[0].window = 8

@@ -52,6 +52,8 @@ class ForeignLinear(QuantizedLinear):
 
 
 class DecoderLayer(nn.Module):
+    cap = 0.0
+
     def __init__(self, width: int, heads: int, kv_heads: int, head: int, seed: int):
         super().__init__()
         self.head, self.window, self.scale = head, 0, 1 / math.sqrt(head)
@@ -76,7 +78,7 @@ class DecoderLayer(nn.Module):
         q = self.rotate(self.heads(self.q(h)), cos, sin)
         keys = caches[0].index_copy_(2, index, self.rotate(self.heads(self.k(h)), cos, sin))
         values = caches[1].index_copy_(2, index, self.heads(self.v(h)))
-        a = fused.cached_attention(q, keys, values, input_pos, self.scale, self.window)
+        a = fused.cached_attention(q, keys, values, input_pos, self.scale, self.window, self.cap)
         a = a.transpose(1, 2).reshape(1, x.shape[1], -1)
         x = x + self.o(fused.quantize_per_token(a))
         h = fused.quantize_per_token(fused.rms_norm(x, self.norm, 1e-5))

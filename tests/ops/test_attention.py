@@ -41,27 +41,27 @@ def cases(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, int]:
     return operands, position, draw(st.integers(0, rows + 1))
 
 
-@given(case=cases(), scale=st.floats(0.05, 1.0))
+@given(case=cases(), scale=st.floats(0.05, 1.0), softcap=st.sampled_from([0.0, 0.5, 50.0]))
 def test_the_visible_rows_are_attended(
-    case: tuple[tuple[Tensor, Tensor, Tensor], Tensor, int], scale: float
+    case: tuple[tuple[Tensor, Tensor, Tensor], Tensor, int], scale: float, softcap: float
 ) -> None:
     operands, position, window = case
-    exact = reference.cached_attention(*operands, position, scale, window)
-    assert sqnr_db(exact, attend(*operands, position, scale, window)) >= 120
+    exact = reference.cached_attention(*operands, position, scale, window, softcap)
+    assert sqnr_db(exact, attend(*operands, position, scale, window, softcap)) >= 120
 
 
-@given(case=cases())
+@given(case=cases(), softcap=st.sampled_from([0.0, 2.0]))
 def test_rows_out_of_sight_may_hold_anything(
-    case: tuple[tuple[Tensor, Tensor, Tensor], Tensor, int],
+    case: tuple[tuple[Tensor, Tensor, Tensor], Tensor, int], softcap: float
 ) -> None:
     (q, keys, values), position, window = case
-    wanted = attend(q, keys, values, position, 0.3, window)
+    wanted = attend(q, keys, values, position, 0.3, window, softcap)
     start, end = int(position), int(position) + q.shape[2]
     first = max(0, start - window + 1) if window else 0
     for cache in (keys, values):
         cache[:, :, :first] = torch.nan
         cache[:, :, end:] = torch.nan
-    assert torch.equal(attend(q, keys, values, position, 0.3, window), wanted)
+    assert torch.equal(attend(q, keys, values, position, 0.3, window, softcap), wanted)
 
 
 @given(rows=st.integers(2, 40), seed=seeds, window=st.sampled_from([0, 3]))
@@ -77,20 +77,22 @@ def test_tokens_one_by_one_are_the_tokens_together(rows: int, seed: int, window:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_dtypes(dtype: torch.dtype, tokens: int) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_dtypes(dtype: torch.dtype, tokens: int, softcap: float) -> None:
     operands = tuple(part.to(dtype) for part in make_operands(1, 2, 3, tokens, 20, 16, 0))
     position = torch.tensor([4])
-    out = attend(*operands, position, 0.25)
-    exact = reference.cached_attention(*operands, position, 0.25)
+    out = attend(*operands, position, 0.25, 0, softcap)
+    exact = reference.cached_attention(*operands, position, 0.25, 0, softcap)
     assert out.dtype == dtype
     assert ((out - exact).abs() <= 8 * ROUNDING[dtype] * exact.abs().max()).all()
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 @pytest.mark.parametrize("window", [0, 3])
-def test_opcheck(tokens: int, window: int) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_opcheck(tokens: int, window: int, softcap: float) -> None:
     operands = make_operands(2, 2, 3, tokens, 12, 8, 0)
-    torch.library.opcheck(attend.default, (*operands, torch.tensor([4]), 0.3, window))
+    torch.library.opcheck(attend.default, (*operands, torch.tensor([4]), 0.3, window, softcap))
 
 
 class Attention(torch.nn.Module):
@@ -138,6 +140,8 @@ BAD_OPERANDS = [
     ({"input_pos": torch.zeros(2, dtype=torch.int64)}, r"got input_pos.shape=\[2\]"),
     ({"input_pos": torch.zeros(1)}, r"got input_pos.dtype=float32; expected int64"),
     ({"window": -1}, r"got window=-1; expected 0 \(none\) or more"),
+    ({"softcap": -1.0}, r"got softcap=-1\.0; expected 0 \(none\) or a positive number"),
+    ({"softcap": float("nan")}, r"got softcap=nan"),
 ]
 
 

@@ -16,10 +16,11 @@ from edgepass.calibration.recipe import Recipe
 from edgepass.calibration.recipe_presets import find_preset
 from edgepass.ops.errors import InvalidArgumentError, OutputError
 
+AnyRecipe = str | os.PathLike[str] | Recipe
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
-def find_recipe(recipe: str | os.PathLike[str] | Recipe) -> Recipe:
+def find_recipe(recipe: AnyRecipe) -> Recipe:
     """The recipe itself, the preset or alias of that name, or what the file of that path holds.
 
     A name with a path separator or one of ``SUFFIXES`` is a file. Raises InvalidArgumentError.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 from torch import nn
 
 from edgepass.calibration.grids import RoundedWeight
 from edgepass.calibration.quantized_weight import check_torchao_form, torchao_weight
-from edgepass.calibration.recipe import Recipe
-from edgepass.calibration.recipe_file import find_recipe
+from edgepass.calibration.recipe_file import AnyRecipe, find_recipe
 from edgepass.calibration.recipe_modules import plan_modules
 from edgepass.calibration.recipe_resolution import WeightSpec
 from edgepass.calibration.weight_rounding import quantize_weight
@@ -19,7 +16,7 @@ __all__ = ["find_recipe", "quantize_model"]
 
 def quantize_model(
     model: nn.Module,
-    recipe: str | os.PathLike[str] | Recipe = "8da4w",
+    recipe: AnyRecipe = "8da4w",
     group_size: int | None = None,
 ) -> nn.Module:
     """Quantize the linears and embeddings of ``model`` in place by ``recipe``, and return it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +10,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgepass.calibration.recipe import Recipe
-from edgepass.calibration.recipe_modules import plan_modules, quantized_sites
+from edgepass.calibration.recipe_file import AnyRecipe
+from edgepass.calibration.recipe_modules import plan_modules
 from edgepass.calibration.recipes import find_recipe, quantize_model
 from edgepass.device_check import add_device_check, decoder_samples
 from edgepass.lowering.explain import explain_for_backend
 from edgepass.lowering.lower import BACKENDS, DTYPES, LoweredProgram, check_choice
 from edgepass.lowering.lower import lower as lower_program
-from edgepass.lowering.recipe_legality import check_legality
+from edgepass.lowering.recipe_legality import check_legality, check_modules
 from edgepass.models.decoder import StaticCacheDecoder, export_decoder
 from edgepass.models.load import load_model
 from edgepass.passes.pipelines import fusion_pipeline
@@ -32,9 +32,6 @@ __all__ = [
     "lower",
     "short_context",
 ]
-
-
-AnyRecipe = str | os.PathLike[str] | Recipe
 
 
 def check_options(
@@ -94,7 +91,8 @@ def lower(
             add_device_check(lowered, _examples(model) if samples is None else samples)
         return lowered
     chosen = choose_recipe(recipe, group_size)
-    check_legality(chosen, backend, plan_modules(model, chosen), quantized_sites(model))
+    plan_modules(model, chosen)
+    check_modules(chosen, model, backend)
     samples, unquantized = _decoder_check(model, context, options) if check else ((), None)
     program = export_quantized(model, chosen, context)
     config: Any = model.config

@@ -83,12 +83,16 @@ def lower(
     ] = False,
     trust_remote_code: Trust = False,
     soc: Annotated[str, typer.Option(help="qnn: the chip.")] = "SM8650",
-    block_size: Annotated[int, typer.Option(help="qnn: input features of an LPBQ block.")] = 32,
+    block_size: Annotated[
+        int | None, typer.Option(help="qnn: input features of an LPBQ block, not the recipe's.")
+    ] = None,
     block_size_for: Annotated[
         list[str] | None,
         typer.Option(help="qnn: others for some modules, as down_proj=64 or 'layers.0.*=64'."),
     ] = None,
-    kv_bits: Annotated[int, typer.Option(help="qnn: bits of the KV cache, 8 or 16.")] = 8,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="qnn: bits of the KV cache, 8 or 16, not the recipe's.")
+    ] = None,
     prefill_chunk: Annotated[int, typer.Option(help="qnn: tokens prefilled a call.")] = 128,
     calibration: Annotated[
         Path | None, typer.Option(help="qnn: the UTF-8 text to calibrate on.")
@@ -126,9 +130,9 @@ def lower(
         check_foreign_options(
             backend,
             soc=(soc, "SM8650"),
-            block_size=(block_size, 32),
+            block_size=(block_size, None),
             block_size_for=(block_size_for, None),
-            kv_bits=(kv_bits, 8),
+            kv_bits=(kv_bits, None),
             prefill_chunk=(prefill_chunk, 128),
             calibration=(calibration, None),
             calibration_tokens=(calibration_tokens, 1024),

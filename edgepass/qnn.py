@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from edgepass.calibration.recipe_file import AnyRecipe
 from edgepass.ops.encodings import EncodingTable
 from edgepass.ops.encodings_file import write_encodings_file
 from edgepass.ops.errors import InvalidArgumentError
@@ -22,7 +23,8 @@ BACKEND = "qnn"
 class QnnOptions:
     """How to lower for QNN.
 
-    ``soc`` is a chip of the stock backend (``SM8650``), ``recipe`` one of ``QNN_RECIPES``.
+    ``soc`` is a chip of the stock backend (``SM8650``), ``recipe`` a preset's name, a recipe
+    file's path or a Recipe, whose block size and KV bits count if none are given here.
     ``block_size`` are the input features of an LPBQ block, ``layer_block_sizes`` others for some
     modules: keys are ends of their paths (``down_proj``), in which ``*`` stands for anything
     (``layers.0.*``), and the last that fits counts. ``prefill_chunk`` tokens are prefilled a call,
@@ -31,9 +33,9 @@ class QnnOptions:
     """
 
     soc: str = "SM8650"
-    recipe: str = "16a4w_block"
-    block_size: int = 32
-    kv_bits: int = 8
+    recipe: AnyRecipe = "16a4w_block"
+    block_size: int | None = None
+    kv_bits: int | None = None
     prefill_chunk: int = 128
     context: int = 1024
     layer_block_sizes: Mapping[str, int] = field(default_factory=dict)
@@ -81,9 +83,11 @@ def lower_for_qnn(
     """
     from edgepass.lowering.qnn_libraries import prepare_libraries
     from edgepass.lowering.qnn_recipes import find_chip
+    from edgepass.lowering.recipe_legality import check_modules
     from edgepass.lowering.stages import Stages
 
     recipe = check_options(options)
+    check_modules(recipe.asked, model, BACKEND)
     stages = Stages(progress)
     prepare_libraries()
     soc = find_chip(options.soc)
@@ -111,12 +115,13 @@ def lower_for_qnn(
     report = {
         "edgepass": version("edgepass"),
         "backend": BACKEND,
-        "recipe": options.recipe,
+        "recipe": recipe.asked.name,
+        "quantization": recipe.asked.asked(),
         "model": model_name,
         "soc": options.soc,
-        "block_size": options.block_size if recipe.blocks else None,
+        "block_size": (options.block_size or recipe.block_size) if recipe.blocks else None,
         "block_size_for": dict(options.layer_block_sizes),
-        "kv_bits": options.kv_bits,
+        "kv_bits": options.kv_bits or recipe.kv_bits,
         "context": options.context,
         "prefill_chunk": options.prefill_chunk,
         "vocabulary": int(model.config.vocab_size),
@@ -144,7 +149,8 @@ def _lower(quantized: Any, soc: Any, recipe: Any, options: QnnOptions, stages: A
     from edgepass.lowering.qnn_lowering import lower_graphs
 
     with stages.stage("delegate"):
-        facts = metadata(quantized, end_tokens(quantized.decoder.model), options.kv_bits)
+        bits = options.kv_bits or recipe.kv_bits
+        facts = metadata(quantized, end_tokens(quantized.decoder.model), bits)
         examples = {
             name: form.inputs(_example(quantized, form.tokens))
             for name, form in quantized.forms.items()
@@ -178,7 +184,8 @@ def check_options(options: QnnOptions) -> Any:
     from edgepass.lowering.qnn_recipes import check_kv_bits, find_qnn_recipe
 
     recipe = find_qnn_recipe(options.recipe)
-    check_kv_bits(recipe, options.kv_bits)
+    if options.kv_bits is not None:
+        check_kv_bits(recipe, options.kv_bits)
     check_blocks(recipe, options.block_size, options.layer_block_sizes)
     if options.calibration_threads is not None:
         check_threads("calibration_num_threads", options.calibration_threads, cpu_limits())

@@ -10,7 +10,7 @@ from edgepass.calibration.recipe_file import find_recipe
 from edgepass.calibration.recipe_presets import ALIASES, PRESETS
 from edgepass.calibration.recipe_resolution import ActivationSpec, WeightSpec
 from edgepass.calibration.recipe_sections import BACKENDS
-from edgepass.lowering.recipe_legality import check_legality
+from edgepass.lowering.recipe_legality import check_legality, check_modules
 from edgepass.ops.errors import InvalidArgumentError
 
 
@@ -57,13 +57,13 @@ def _modules(
     recipe: Recipe, backend: str | None, model: str, layers: int | None, trust: bool
 ) -> dict[str, int]:
     """How many modules of the model get each form."""
-    from edgepass.calibration.recipe_modules import plan_modules, quantized_sites
+    from edgepass.calibration.recipe_modules import plan_modules
     from edgepass.models.load import load_model
 
     loaded, _ = load_model(model, layers=layers, trust_remote_code=trust)
     planned = plan_modules(loaded, recipe)
     if backend is not None:
-        check_legality(recipe, backend, planned, quantized_sites(loaded))
+        check_modules(recipe, loaded, backend)
     forms = (f"{_weights(m.weights)}, {_activations(m.activations)}" for m in planned.values())
     return dict(Counter(forms))
 

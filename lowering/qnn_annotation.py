@@ -9,7 +9,7 @@ walks on up to the embedding.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
     PerBlockParamObserver,
@@ -145,17 +145,26 @@ def keep_float_activations(module: GraphModule) -> None:
             annotation.output_qspec = None
 
 
-def block_sizes(module: GraphModule, sizes: BlockSizes) -> dict[str, tuple]:
-    """The map for ``QnnQuantizer.set_block_size_map``: each linear and convolution.
+def projection_paths(module: GraphModule) -> list[str]:
+    """The module path of each linear and convolution."""
+    return [module_path(n) for n in module.graph.nodes if call_name(n) in PROJECTIONS]
 
-    Raises InvalidArgumentError for sizes that do not divide or that name no module.
+
+def block_sizes(
+    module: GraphModule, sizes: BlockSizes, whole: Container[str] = ()
+) -> dict[str, tuple]:
+    """The map for ``QnnQuantizer.set_block_size_map``: linears and convolutions.
+
+    ``whole`` are the paths of those whose channels have one scale. Raises InvalidArgumentError for
+    sizes that do not divide or that name no module.
     """
     nodes = [node for node in module.graph.nodes if call_name(node) in PROJECTIONS]
     sizes.check_used(map(module_path, nodes))
     found = {}
     for node in nodes:
-        _, width, *rest = node.args[1].meta["val"].shape
-        found[node.name] = (1, sizes.of(module_path(node), width), *(1,) * len(rest))
+        if module_path(node) not in whole:
+            _, width, *rest = node.args[1].meta["val"].shape
+            found[node.name] = (1, sizes.of(module_path(node), width), *(1,) * len(rest))
     return found
 
 

@@ -9,8 +9,6 @@ from fnmatch import fnmatchcase
 from edgepass.lowering.qnn_recipes import QnnRecipe
 from edgepass.ops.errors import InvalidArgumentError
 
-DEFAULT_BLOCK_SIZE = 32
-
 
 @dataclass(frozen=True)
 class BlockSizes:
@@ -49,9 +47,9 @@ class BlockSizes:
                 )
 
 
-def check_blocks(recipe: QnnRecipe, size: int, others: Mapping[str, int]) -> None:
+def check_blocks(recipe: QnnRecipe, size: int | None, others: Mapping[str, int]) -> None:
     """Raise InvalidArgumentError for block sizes with a recipe that has no blocks."""
-    if not recipe.blocks and (others or size != DEFAULT_BLOCK_SIZE):
+    if not recipe.blocks and (others or size is not None):
         given = next(iter(others.values()), size)
         raise InvalidArgumentError(
             f"got block_size={given} for recipe={recipe.name}, which has no blocks; accepted is "

@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from edgepass.calibration.observe import observe
-from edgepass.lowering.qnn_quantizer import QnnQuantization
+from edgepass.lowering.qnn_quantizer import MODEL_PREFIX, QnnQuantization
 from edgepass.models.cache_decoder import CacheIoDecoder, DecoderForm, export_form
 from edgepass.ops.encodings import EncodingTable
 from edgepass.ops.errors import EncodingError, InvalidArgumentError
 from edgepass.passes.propagate_kv_encodings import propagate_kv_encodings
 from edgepass.passes.quantized_values import read_encodings
 
-# Where the model's own modules begin in a form.
-MODEL_PREFIX = "decoder.model"
 # The names that the stock QNN Llama runner loads.
 DECODE_METHOD, PREFILL_METHOD = "kv_forward", "prefill_forward"
 

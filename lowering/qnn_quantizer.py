@@ -23,20 +23,26 @@ from torchao.quantization.pt2e import MinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgepass.calibration.block_scales import snap_block_scales
+from edgepass.calibration.recipe import Role
+from edgepass.calibration.recipe_resolution import ModuleRecipe
 from edgepass.lowering.qnn_annotation import (
     PROJECTIONS,
     block_sizes,
     keep_float_activations,
     kv_annotation,
     own_block_sizes,
+    projection_paths,
 )
 from edgepass.lowering.qnn_block_sizes import BlockSizes, check_blocks
-from edgepass.lowering.qnn_recipes import QnnRecipe, check_kv_bits
+from edgepass.lowering.qnn_recipes import QnnRecipe, check_kv_bits, qnn_recipe
 from edgepass.ops.encodings_file import split_block_scales
 from edgepass.ops.errors import EncodingError
 from edgepass.passes.linear_to_conv2d import LinearToConv2d
 from edgepass.passes.pipeline import Pipeline
-from edgepass.passes.value_names import call_name
+from edgepass.passes.value_names import call_name, module_path
+
+# Where a decoder's form has the model, whose own paths recipes speak of.
+MODEL_PREFIX = "decoder.model"
 
 
 @dataclass(frozen=True)
@@ -44,19 +50,21 @@ class QnnQuantization:
     """How a decoder is quantized: the recipe, the blocks of LPBQ weights, the bits of the caches.
 
     ``block_size`` are the input features of a block; ``layer_block_sizes`` gives others to some
-    modules (``{"down_proj": 64}``, see ``BlockSizes``). ``soc`` is the stock chip.
+    modules (``{"down_proj": 64}``, see ``BlockSizes``). What is not given is the recipe's. ``soc``
+    is the stock chip.
 
     Raises InvalidArgumentError for cache bits or block sizes that do not fit the recipe.
     """
 
     recipe: QnnRecipe
     soc: Any
-    kv_bits: int = 8
-    block_size: int = 32
+    kv_bits: int | None = None
+    block_size: int | None = None
     layer_block_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_kv_bits(self.recipe, self.kv_bits)
+        if self.kv_bits is not None:
+            check_kv_bits(self.recipe, self.kv_bits)
         check_blocks(self.recipe, self.block_size, self.layer_block_sizes)
 
     def prepare(self, program: ExportedProgram) -> GraphModule:
@@ -66,7 +74,7 @@ class QnnQuantization:
         names no module, and EncodingError for weights beyond fp16.
         """
         _check_weights(program)
-        if self.recipe.blocks:
+        if self.recipe.blocks_anywhere:
             program = Pipeline([LinearToConv2d()]).run(program).program
         # Guards are calls of their own that would stand among an input's users.
         module: Any = program.module(check_guards=False)
@@ -91,19 +99,53 @@ class QnnQuantization:
             is_linear_per_channel=True,
             act_observer=MinMaxObserver,
         )
+        own = self._own_recipes(module)
+        configs = [(_stands_in(paths), _config(each)) for each, paths in own.items()]
         if self.recipe.activation_bits == 8:
-            quantizer.set_submodule_qconfig_list([(_is_no_projection, _sixteen_bits())])
+            configs.append((_is_no_projection, _sixteen_bits()))
+        quantizer.set_submodule_qconfig_list(configs)
         custom: list[Callable[[GraphModule], None]] = []
-        if self.recipe.blocks:
-            sizes = block_sizes(module, BlockSizes(self.block_size, self.layer_block_sizes))
+        if self.recipe.blocks_anywhere:
+            sizes = self._block_sizes(module, own)
             quantizer.set_block_size_map(sizes)
             custom.append(own_block_sizes(sizes))
         if self.recipe.activation_bits is None:
             custom.append(keep_float_activations)
-        elif self.kv_bits == 8:
+        elif (self.kv_bits or self.recipe.kv_bits) == 8:
             custom.append(kv_annotation())
         quantizer.add_custom_quant_annotations(custom)
         return quantizer
+
+    def _own_recipes(self, module: GraphModule) -> dict[QnnRecipe, set[str]]:
+        """The paths of the projections that get another recipe than the default, by recipe."""
+        own: dict[QnnRecipe, set[str]] = {}
+        for path in projection_paths(module):
+            recipe = qnn_recipe(self._of(path))
+            if recipe != self.recipe:
+                own.setdefault(recipe, set()).add(path)
+        return own
+
+    def _of(self, path: str) -> ModuleRecipe:
+        name = path.removeprefix(f"{MODEL_PREFIX}.")
+        role: Role = "head" if name.rpartition(".")[2] == "lm_head" else "linear"
+        return self.recipe.asked.for_module(name, role)
+
+    def _block_sizes(
+        self, module: GraphModule, own: Mapping[QnnRecipe, set[str]]
+    ) -> dict[str, tuple]:
+        """The blocks of each projection that has some: asked for here, else by the recipe."""
+        whole = {path for recipe, paths in own.items() if not recipe.blocks for path in paths}
+        if not self.recipe.blocks:
+            whole |= set(projection_paths(module)) - {p for paths in own.values() for p in paths}
+        default = self.recipe.block_size
+        found = {path: self._of(path).weights.group_size for path in projection_paths(module)}
+        others = {
+            path: size
+            for path, size in found.items()
+            if size and size != default and path not in whole
+        }
+        sizes = BlockSizes(self.block_size or default, {**others, **self.layer_block_sizes})
+        return block_sizes(module, sizes, whole)
 
 
 def _snap_observed_blocks(prepared: GraphModule) -> None:
@@ -119,6 +161,19 @@ def _snap_observed_blocks(prepared: GraphModule) -> None:
 
 def _is_no_projection(node: Node) -> bool:
     return call_name(node) not in PROJECTIONS
+
+
+def _stands_in(paths: set[str]) -> Callable[[Node], bool]:
+    return lambda node: call_name(node) in PROJECTIONS and module_path(node) in paths
+
+
+def _config(recipe: QnnRecipe) -> ModuleQConfig:
+    return ModuleQConfig(
+        recipe.quant_dtype(),
+        is_conv_per_channel=True,
+        is_linear_per_channel=True,
+        act_observer=MinMaxObserver,
+    )
 
 
 def _sixteen_bits() -> ModuleQConfig:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edgepass.calibration.recipe import Role
+from edgepass.calibration.recipe import Recipe
+from edgepass.calibration.recipe_file import AnyRecipe, find_recipe
 from edgepass.calibration.recipe_presets import PRESETS
 from edgepass.calibration.recipe_resolution import ModuleRecipe
-from edgepass.lowering.recipe_part import Part
+from edgepass.lowering.recipe_legality import check_legality
+from edgepass.lowering.recipe_rules import activation_bits
 from edgepass.ops.errors import InvalidArgumentError
 
-# Weight bits that the stock quantizer has beside the bits of activations (None: fp16).
-_WEIGHT_BITS: dict[int | None, tuple[int, ...]] = {8: (8, 4), 16: (16, 8, 4), None: (8,)}
+DEFAULT_BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,32 @@ class QnnRecipe:
     ``blocks`` one a block of input features (LPBQ). ``name`` is the stock ``QuantDtype``'s. With
     8-bit activations only the linears compute in 8 bits: HTP's norms and softmax of 8 bits are off
     by whole steps (13 dB for the logits of one layer), so these and what is between them have 16.
+    ``asked`` is the recipe that this is the default of: it may ask for others for some modules.
     """
 
     name: str
     activation_bits: int | None
     weight_bits: int
     blocks: bool = False
+    asked: Recipe = field(default_factory=lambda: PRESETS["16a4w_block"], compare=False)
+
+    @property
+    def kv_bits(self) -> int:
+        """The bits of the KV cache: 16 for floats, 8 if the recipe does not say."""
+        if self.activation_bits is None:
+            return 16
+        return 8 if self.asked.kv_bits is None else self.asked.kv_bits
+
+    @property
+    def blocks_anywhere(self) -> bool:
+        """Whether any module's weights may have blocks."""
+        sections = (self.asked.head, *self.asked.overrides)
+        return self.blocks or any(each.weights.granularity == "block" for each in sections)
+
+    @property
+    def block_size(self) -> int:
+        """The input features of a block by default."""
+        return self.asked.for_module("").weights.group_size or DEFAULT_BLOCK_SIZE
 
     def quant_dtype(self) -> Any:
         """The member of the stock backend's ``QuantDtype``."""
@@ -40,63 +60,28 @@ class QnnRecipe:
 
 def qnn_recipe(module: ModuleRecipe) -> QnnRecipe:
     """What the backend is told of a linear that gets ``module``, which must be legal for it."""
-    activations, weights = module.activations, module.weights
-    bits = None if activations.kind == "none" else activations.bits
+    weights, bits = module.weights, activation_bits(module)
     blocks = weights.granularity == "block"
-    assert weights.bits is not None, "qnn_parts refuses float weights"
+    assert weights.bits is not None, "check_legality refuses float weights"
     name = f"{'fp16' if bits is None else bits}a{weights.bits}w{'_block' if blocks else ''}"
     return QnnRecipe(name, bits, weights.bits, blocks)
 
 
-def qnn_parts(module: ModuleRecipe, role: Role) -> Iterator[Part]:
-    """What HTP does not hold of a module's recipe."""
-    weights, activations = module.weights, module.activations
-    if role == "embedding":
-        if weights.bits is not None:
-            yield Part("weights.bits", weights.bits, "none")
-        return
-    bits = None if activations.kind == "none" else activations.bits
-    accepted = _WEIGHT_BITS[bits]
-    if weights.bits not in accepted:
-        asked = 32 if weights.bits is None else weights.bits
-        yield Part(
-            "weights.bits", weights.bits or "none", min(accepted, key=lambda b: abs(b - asked))
-        )
-    if weights.granularity == "group":
-        yield Part("weights.granularity", "group", "block" if bits == 16 else "channel")
-    elif weights.granularity == "tensor":
-        yield Part("weights.granularity", "tensor", "channel")
-    elif weights.granularity == "block" and (bits != 16 or weights.bits != 4):
-        yield Part("weights.granularity", "block", "channel")
-    wanted = {"weights.mapping": "symmetric", "weights.algorithm": "rtn"}
-    if activations.kind != "none":
-        wanted |= {
-            "activations.kind": "static",
-            "activations.granularity": "tensor",
-            "activations.mapping": "asymmetric",
-        }
-    for key, nearest in wanted.items():
-        section, _, field = key.partition(".")
-        value = getattr(getattr(module, section), field)
-        if value != nearest:
-            yield Part(key, value, nearest)
-
-
 QNN_RECIPES = {
-    name: qnn_recipe(recipe.for_module(""))
+    name: replace(qnn_recipe(recipe.for_module("")), asked=recipe)
     for name, recipe in PRESETS.items()
     if recipe.backend == "qnn" and not recipe.qat
 }
 
 
-def find_qnn_recipe(name: str) -> QnnRecipe:
-    """The recipe of that name. Raises InvalidArgumentError, listing the known ones."""
-    if name not in QNN_RECIPES:
-        raise InvalidArgumentError(
-            f"unknown recipe: got recipe={name!r} for backend=qnn, accepted are "
-            f"{', '.join(QNN_RECIPES)}"
-        )
-    return QNN_RECIPES[name]
+def find_qnn_recipe(recipe: AnyRecipe) -> QnnRecipe:
+    """What the backend is told of ``recipe``: a name, an alias, a file's path or a Recipe.
+
+    Raises InvalidArgumentError for one that HTP cannot hold.
+    """
+    asked = find_recipe(recipe)
+    check_legality(asked, "qnn")
+    return replace(qnn_recipe(asked.for_module("")), asked=asked)
 
 
 def check_kv_bits(recipe: QnnRecipe, kv_bits: int) -> None:

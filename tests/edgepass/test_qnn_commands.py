@@ -155,7 +155,10 @@ def test_encodings_are_shown_and_compared(command, lowered, tmp_path) -> None:
     ("options", "message"),
     [
         ((), "no calibration text: got calibration=None"),
-        (("--recipe", "8da4w"), "unknown recipe: got recipe='8da4w'"),
+        (
+            ("--recipe", "8da4w"),
+            "recipe=8da4w, which backend=qnn cannot hold: weights.granularity=group",
+        ),
         (("--soc", "SM1", "--calibration", "{text}"), "unknown chip: got soc='SM1'"),
         (("--kv-bits", "4"), "got kv_bits=4"),
         (("--dtype", "fp16"), "got dtype=fp16 for backend=qnn, which has no such option"),

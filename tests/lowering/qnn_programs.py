@@ -20,8 +20,6 @@ def quantization(recipe: str, **options):
     from edgepass.lowering.qnn_quantizer import QnnQuantization
     from edgepass.lowering.qnn_recipes import find_chip, find_qnn_recipe
 
-    if recipe == "fp16a8w":
-        options.setdefault("kv_bits", 16)
     return QnnQuantization(find_qnn_recipe(recipe), find_chip("SM8650"), **options)
 
 

@@ -39,8 +39,8 @@ def test_a_name_of_no_module_is_refused() -> None:
 
 def test_a_recipe_without_blocks_takes_none() -> None:
     check_blocks(find_qnn_recipe("16a4w_block"), 64, {"up_proj": 16})
-    check_blocks(find_qnn_recipe("16a4w"), 32, {})
-    for size, others in ((64, {}), (32, {"up_proj": 64})):
+    check_blocks(find_qnn_recipe("16a4w"), None, {})
+    for size, others in ((64, {}), (None, {"up_proj": 64})):
         with pytest.raises(InvalidArgumentError, match=r"got block_size=64 for recipe=16a4w, "):
             check_blocks(find_qnn_recipe("16a4w"), size, others)
 

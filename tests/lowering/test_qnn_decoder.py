@@ -7,6 +7,7 @@ QNN libraries for the stock quantizer alone; nothing is compiled here.
 import pytest
 import torch
 
+from edgepass.calibration.recipe_file import parse_recipe
 from edgepass.ops.errors import EncodingError, InvalidArgumentError
 from tests.lowering.qnn_programs import (
     CHUNK,
@@ -74,6 +75,35 @@ def test_mixed_block_sizes_are_each_module_s_own() -> None:
     }
     assert blocks["down_proj"] == 16 and blocks["up_proj"] == 32
     assert blocks["q_proj"] == 64 and blocks["lm_head"] == 32
+
+
+MIXED = """
+name: mixed
+backend: qnn
+weights: {bits: 4, granularity: block, block_size: 16}
+activations: {kind: static, bits: 16}
+embedding: {bits: none}
+head: {weights: {bits: 8, granularity: channel}}
+overrides:
+- {modules: "*.mlp.*", weights: {block_size: 32}}
+- {modules: "*.down_proj", weights: {bits: 4, granularity: channel}}
+- {modules: model.layers.0.self_attn.q_proj, weights: {bits: 8, granularity: channel}}
+"""
+
+
+def test_each_module_has_the_bits_and_blocks_of_the_recipe() -> None:
+    found = quantized("qwen3", parse_recipe(MIXED))
+    weights = {
+        name.removesuffix(".weight").rpartition(".")[2]: (encoding.bits, encoding.block)
+        for name, encoding in found.encodings.parameters.items()
+        if encoding.axis is not None or encoding.block is not None
+    }
+    assert weights == {
+        **dict.fromkeys(["k_proj", "v_proj", "o_proj"], (4, 16)),
+        **dict.fromkeys(["gate_proj", "up_proj"], (4, 32)),
+        "down_proj": (4, None),
+        **dict.fromkeys(["q_proj", "lm_head"], (8, None)),
+    }
 
 
 def test_a_block_size_that_does_not_divide_is_refused() -> None:

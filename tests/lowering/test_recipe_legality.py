@@ -3,9 +3,8 @@
 import pytest
 
 from edgepass.calibration.recipe_file import find_recipe, parse_recipe
-from edgepass.calibration.recipe_modules import plan_modules, quantized_sites
 from edgepass.calibration.recipe_presets import ALIASES, PRESETS
-from edgepass.lowering.recipe_legality import check_legality
+from edgepass.lowering.recipe_legality import check_legality, check_modules
 from edgepass.ops.errors import InvalidArgumentError
 from tests.models.tiny_models import tiny_model
 
@@ -105,7 +104,7 @@ def test_with_a_model_the_module_is_named() -> None:
         " overrides: [{modules: model.embed_tokens, weights: {bits: 8, granularity: channel}}]}"
     )
     check_legality(recipe, "xnnpack")
-    check_legality(recipe, "xnnpack", plan_modules(model, recipe), quantized_sites(model))
+    check_modules(recipe, model, "xnnpack")
     wrong = recipe.changed(overrides=(recipe.overrides[0].changed(modules="*.1.mlp.up_proj"),))
     with pytest.raises(InvalidArgumentError, match=r"model.layers.1.mlp.up_proj.weights.bits=8"):
-        check_legality(wrong, "xnnpack", plan_modules(model, wrong), quantized_sites(model))
+        check_modules(wrong, model, "xnnpack")

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from edgepass.lowering.vulkan_graph import GraphEditor
 from edgepass.lowering.vulkan_plain import is_outside
+from edgepass.passes.cancel_views import reads_bits
 from edgepass.passes.targets import argument, is_call, is_getitem
 
 _aten = torch.ops.aten
@@ -22,7 +23,7 @@ _aten = torch.ops.aten
 def settle_shapes(editor: GraphEditor) -> None:
     """Rewrite views, last-token slices, splits and scalar operands of float tensors."""
     for node in list(editor.graph.nodes):
-        if node.op != "call_function" or is_outside(node):
+        if node.op != "call_function" or is_outside(node) or reads_bits(node):
             continue
         if is_call(node, "aten.view", "aten.reshape", "aten.flatten", "aten.unflatten"):
             _infer_dynamic_size(node)

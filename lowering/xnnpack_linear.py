@@ -91,8 +91,8 @@ def _quantize_inside(program: WorkingProgram, node: Node) -> None:
 
 def _float_linear(program: WorkingProgram, node: Node) -> None:
     """The same product in float32, with the weight dequantized into the program."""
-    names = ("w_packed", "w_scales", "w_zeros", "group_size")
-    packed, scales, zeros = (argument(node, name) for name in names[:3])
+    names = ("w_packed", "w_scales", "w_zeros")
+    packed, scales, zeros = (argument(node, name) for name in names)
     group_size = argument(node, "group_size")
     columns = int(_value(scales).shape[1]) * group_size
 
@@ -101,7 +101,7 @@ def _float_linear(program: WorkingProgram, node: Node) -> None:
         return dequantize_groups(unpack_int4(weight, columns), by, zero, group_size).float()
 
     name = f"{program.qualified_name(packed)}_dequantized"
-    constant = program.derive_constant(("dequantized", packed, scales), name, dequantize)
+    constant = program.derive_constant(("dequantized", packed, scales, zeros), name, dequantize)
     editor = Editor(program, node, _RULE)
     x = _float_activation(editor, node)
     bias = argument(node, "bias")

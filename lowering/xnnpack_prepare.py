@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from edgepass.lowering.xnnpack_spelling import spell_activation
 from edgepass.ops.errors import ProgramError
+from edgepass.passes.cancel_views import reads_bits
 from edgepass.passes.editor import Editor
 from edgepass.passes.program import WorkingProgram
 from edgepass.passes.targets import argument, is_call
@@ -39,7 +40,6 @@ class Positions:
     tokens: Node | int
     end: Node
     masks: dict[tuple[int, int], Node] = field(default_factory=dict)
-    rows: dict[Node, Node] = field(default_factory=dict)
 
 
 def prepare(program: WorkingProgram, *, cache_dtype: torch.dtype = torch.float16) -> None:
@@ -58,7 +58,7 @@ def prepare(program: WorkingProgram, *, cache_dtype: torch.dtype = torch.float16
             shared = _positions(program, positions, node.args[3], node)
             _replace_attention(shared, node, cache_dtype)
     for node in list(program.graph.nodes):
-        if is_call(node, "aten.reshape", "aten.view"):
+        if is_call(node, "aten.reshape", "aten.view") and not reads_bits(node):
             _replace_view(program, node)
         elif is_call(node, "aten.transpose"):
             _replace_transpose(program, node)

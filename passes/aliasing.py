@@ -37,11 +37,6 @@ def _aliasing(target: Any) -> _Aliasing:
     return found
 
 
-def mutates(node: Node) -> bool:
-    """Tell whether the call changes one of its arguments in place."""
-    return node.op == "call_function" and bool(_aliasing(node.target).written)
-
-
 _EFFECTS: dict[int, bool] = {}
 
 

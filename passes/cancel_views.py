@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from edgepass.passes.drop_no_ops import check_layout, check_same_kind, check_writes
@@ -45,7 +46,10 @@ class JoinReshapes(RewriteRule):
 
     def check(self, match: Match) -> Refusal | None:
         wanted = fake_tensor(match.anchor)
-        sources = _reshaped_from(match.inner)
+        sources = _reshaped_from(match.anchor)[1:]
+        if not sources:
+            names = f"{match.inner.name} or {match.anchor.name}"
+            return Refusal(f"{names} reads the bits as another dtype", match.anchor)
         for source in sources:
             before = fake_tensor(source)
             if before is not None and wanted is not None and is_same_kind(before, wanted):
@@ -103,10 +107,18 @@ def permutation(node: Node) -> list[int]:
     return order
 
 
+def reads_bits(node: Node) -> bool:
+    """Tell whether a view reads the bits of its input as another dtype."""
+    return node.target is torch.ops.aten.view.dtype
+
+
 def _reshaped_from(node: Node) -> list[Node]:
-    """Return the inputs of a chain of reshapes that ends in ``node``, the nearest first."""
+    """Return the inputs of a chain of reshapes that ends in ``node``, the nearest first.
+
+    ``view(dtype)`` of the bits is no reshape, though it has the name of one.
+    """
     found = []
-    while is_call(node, *_SHAPES.names) and isinstance(node.args[0], Node):
+    while is_call(node, *_SHAPES.names) and not reads_bits(node):
         node = node.args[0]
         found.append(node)
     return found

@@ -45,6 +45,8 @@ def check_form(match: Match, x: Node) -> Refusal | None:
     rows = fake_tensor(match.rows) if match.rows is not None else before
     if rows is None or not same_size(rows.shape[-1], before.shape[-1]):
         return Refusal(f"{match.rows.name} changes the row length of {x.name}", match.rows)
+    if rows.dtype != before.dtype:
+        return Refusal(f"{match.rows.name} is {rows.dtype}, {x.name} {before.dtype}", match.rows)
     if match.turned is not None and permutation(match.turned) != [1, 0]:
         return Refusal(f"{match.turned.name} does not transpose the weight", match.turned)
     return _check_bias(match, result) or _check_spread(match)

@@ -33,6 +33,11 @@ def names(rewritten: Rewritten) -> list[str]:
     return [str(node.target) for node in calls]
 
 
+def test_a_view_of_the_bits_is_no_reshape() -> None:
+    rewritten = rewrite(lambda x: (x.view(torch.int32) & 0x7FFFFFFF).view(torch.float32))
+    assert names(rewritten).count("aten.view.dtype") == 2
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -52,6 +52,25 @@ def test_the_program_is_the_one_that_stock_makes(family, monkeypatch) -> None:
         assert torch.equal(mine, theirs)
 
 
+class Bits(nn.Module):
+    """The magnitude of a linear's outputs, by their sign bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 8)
+
+    def forward(self, x):
+        return (self.linear(x).view(torch.int32) & 0x7FFFFFFF).view(torch.float32)
+
+
+def test_a_view_of_the_bits_is_no_reshape() -> None:
+    module, x = Bits(), torch.randn(3, 32)
+    fused = fusion_pipeline().run(torch.export.export(module, (x,))).program
+    prepared, _ = xnnpack.prepare_for_xnnpack(fused)
+    assert torch.equal(prepared.module()(x), module(x))
+    assert outside_delegates(xnnpack.lower_xnnpack(fused)[0])["forward"]["aten::view_copy"] == 2
+
+
 def test_a_decoder_is_not_traced_again(monkeypatch) -> None:
     def fail(*args, **kwargs):
         raise AssertionError("stock's conversion was asked for")

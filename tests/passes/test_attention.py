@@ -1,5 +1,6 @@
 """Attention over a static cache: recognised by what its mask computes, refused with a reason."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,3 +149,50 @@ def test_angles_become_rows_of_a_table():
     )
     assert (table - wanted).abs().max() < 1e-6
     assert not any(is_call(n, "aten.cos") for n in program.graph.nodes)
+
+
+class HiddenColumn(Attention):
+    """A value of the last token's position, in some columns, beside one that hides its column."""
+
+    hides = torch.finfo(torch.float32).min
+
+    def forward(self, q, k, v, input_pos):
+        tokens = (input_pos + torch.arange(q.shape[2])).float()
+        behind = tokens - tokens[-1:]
+        bias = torch.stack([torch.full_like(behind, self.hides), *[behind] * 3], -1)
+        return super().forward(q.maximum(bias), k, v, input_pos)
+
+
+class InfiniteColumn(HiddenColumn):
+    hides = -torch.inf
+
+
+class Distances(Attention):
+    """A value that has a column for each token of the call."""
+
+    def forward(self, q, k, v, input_pos):
+        tokens = (input_pos + torch.arange(q.shape[2])).float()
+        near = (tokens[None, :] - tokens[:, None]).clamp(max=0.0).exp()
+        return super().forward(near @ q, k, v, input_pos)
+
+
+@pytest.mark.parametrize("module", [HiddenColumn, InfiniteColumn, Distances])
+def test_a_row_that_changes_with_the_tokens_beside_it_is_no_table(module):
+    program = WorkingProgram(_export(module()))
+    report = Pipeline([FuseCachedAttention(), FoldPositions()]).apply(program)
+    count = report["fold-positions"].log.counts["fold-positions"]
+    assert (count.tried, count.refused, count.applied) == (1, 1, 0)
+    assert not any(is_call(n, "edgepass.position_rows") for n in program.graph.nodes)
+
+
+def test_a_hidden_column_does_not_keep_rows_out_of_a_table():
+    class Rows(HiddenColumn):
+        def forward(self, q, k, v, input_pos):
+            tokens = (input_pos + torch.arange(q.shape[2])).float()
+            bias = torch.stack([torch.full_like(tokens, self.hides), *[tokens.cos()] * 3], -1)
+            return Attention.forward(self, q.maximum(bias), k, v, input_pos)
+
+    program = WorkingProgram(_export(Rows()))
+    passes = [FuseCachedAttention(), FoldPositions()]
+    Pipeline(passes).apply(program, verify=True, sample_inputs=_inputs())
+    assert sum(is_call(n, "edgepass.position_rows") for n in program.graph.nodes) == 1

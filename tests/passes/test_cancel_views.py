@@ -53,6 +53,26 @@ def test_reshapes_of_what_is_not_contiguous_stay() -> None:
     assert reasons(log, "join-reshapes") == ["transpose is not contiguous"]
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a: a.view(torch.int32).view(6, 4) + 1,
+        lambda a: a.view(6, 4).view(torch.int32) + 1,
+        lambda a: a.view(torch.int16).view(4, 12) + 1,
+        lambda a: a.view(6, 4).view(torch.int16) + 1,
+    ],
+)
+def test_a_view_of_the_bits_is_no_reshape(function) -> None:
+    program, log = canonical(function, X)
+    assert operators(program) == ["aten.view", "aten.view", "aten.add"]
+    assert reasons(log, "join-reshapes") == ["view or view_1 reads the bits as another dtype"]
+
+
+def test_reshapes_beside_a_view_of_the_bits_are_joined() -> None:
+    program, _ = canonical(lambda a: a.view(torch.int32).view(6, 4).view(3, 8) + 1, X)
+    assert operators(program) == ["aten.view", "aten.view", "aten.add"]
+
+
 def test_a_permutation_that_moves_stays() -> None:
     _, log = canonical(lambda a: a.permute(1, 2, 0).exp(), X)
     assert reasons(log, "cancel-permutations") == ["permute moves dimensions to [1, 2, 0]"]

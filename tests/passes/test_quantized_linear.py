@@ -14,7 +14,7 @@ from edgepass.passes.quantized_linear import (
     ShareActivationQuantization,
     explain_linears,
 )
-from tests.passes.programs import count, export, find, run_passes, sqnr_db
+from tests.passes.programs import count, export, find, reasons, run_passes, sqnr_db
 from tests.passes.quantized_programs import Form, QuantizedLinear, quantized_rows
 
 PASSES = [Canonicalize(), ShareActivationQuantization(), FuseQuantizedLinear()]
@@ -89,6 +89,17 @@ def test_16_bit_models(dtype) -> None:
     module, x = QuantizedLinear(Form(dtype=dtype)), torch.randn(3, 32).to(dtype)
     program, _ = fuse(module, x)
     assert find(program, HUB)[0].meta["val"].dtype == dtype
+
+
+def test_a_view_of_the_activation_s_bits_is_refused() -> None:
+    class Bits(QuantizedLinear):
+        def forward(self, x):
+            return torch.mm(x.view(torch.bfloat16), self.dequantized().t())
+
+    module = Bits(Form(dynamic=False, dtype=torch.bfloat16))
+    program, log = fuse(module, torch.randn(3, 32).half())
+    assert not find(program, WEIGHT_ONLY)
+    assert "view is torch.bfloat16, x torch.float16" in reasons(log, "weight-only-linear")
 
 
 def test_per_channel_weights_are_one_group() -> None:

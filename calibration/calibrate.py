@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,15 @@ class Calibration:
 
     ``checkpoint`` is a folder for the state, None to keep none; each process has a file there.
     ``saving`` is the part of the time that may go into it. ``progress`` is called with a stage, the
-    chunks done and all of them; ``log`` with a line on what this process did. ``workers`` default
-    to what torchrun started.
+    chunks done and all of them; ``log`` with a line on what this process did, unless it is alone
+    and began at the start. ``workers`` are those that torchrun started.
     """
 
     checkpoint: Path | None = None
     saving: float = 0.05
     progress: Callable[..., None] | None = None
     log: Callable[[str], None] | None = None
-    workers: Workers | None = None
+    workers: Workers = field(default_factory=Workers.here)
 
     def run(
         self,
@@ -57,12 +57,11 @@ class Calibration:
         """
         if not len(chunks):
             raise EncodingError("no calibration data: got 0 chunks, accepted are 1 and more")
-        workers = self.workers or Workers.here()
-        kept = self._kept(prepared, chunks, workers)
+        kept = self._kept(prepared, chunks)
         collector = Collector(prepared, range_observers)
         check_observers(prepared, constants=True)
-        workers.check(collector, len(chunks))
-        _Run(self, workers, collector, kept).over(chunks, inputs)
+        self.workers.check(collector, len(chunks))
+        _Run(self, collector, kept).over(chunks, inputs)
         check_observers(prepared)
 
     def discard(self) -> None:
@@ -73,24 +72,21 @@ class Calibration:
             if self.checkpoint.exists() and not any(self.checkpoint.iterdir()):
                 self.checkpoint.rmdir()
 
-    def _kept(
-        self, prepared: GraphModule, chunks: Sequence[Tensor], workers: Workers
-    ) -> Checkpoint | None:
+    def _kept(self, prepared: GraphModule, chunks: Sequence[Tensor]) -> Checkpoint | None:
         if self.checkpoint is None:
             return None
-        path = self.checkpoint / f"{workers.rank}of{workers.size}.safetensors"
+        path = self.checkpoint / f"{self.workers.rank}of{self.workers.size}.safetensors"
         return Checkpoint(path, identity_of(prepared, torch.stack(list(chunks))), self.saving)
 
 
 class _Run:
     """One process's part of a calibration."""
 
-    def __init__(
-        self, options: Calibration, workers: Workers, collector: Collector, kept: Checkpoint | None
-    ) -> None:
-        self.options, self.workers, self.collector, self.kept = options, workers, collector, kept
+    def __init__(self, options: Calibration, collector: Collector, kept: Checkpoint | None) -> None:
+        self.options, self.collector, self.kept = options, collector, kept
+        self.workers = options.workers
         self.rows: list[Tensor] = []
-        self.threads = workers.agree(torch.get_num_threads())
+        self.threads = self.workers.agree(torch.get_num_threads())
 
     def over(self, chunks: Sequence[Tensor], inputs: Callable[[Tensor], tuple[Any, ...]]) -> None:
         share, started = self.workers.share(len(chunks)), time.perf_counter()
@@ -113,11 +109,12 @@ class _Run:
             self.options.progress("calibrate", len(self.rows), of)
 
     def _log(self, share: range, before: int, chunks: Sequence[Tensor], seconds: float) -> None:
-        if self.options.log is None:
+        if self.options.log is None or (self.workers.size == 1 and before == 0):
             return
-        ran = len(share) - before
+        ran, left = len(share) - before, [str(number) for number in share[before:]]
+        shown = left if ran <= 8 else [*left[:3], "...", left[-1]]
         self.options.log(
-            f"{self.workers}: ran {ran} of {len(chunks)} chunks ({list(share[before:])}), "
+            f"{self.workers}: ran {ran} of {len(chunks)} chunks ({', '.join(shown) or 'none'}), "
             f"{ran * len(chunks[0])} tokens in {seconds:.1f} s with {self.threads} threads, "
             f"took {before} from a checkpoint"
         )

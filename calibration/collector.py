@@ -41,7 +41,8 @@ class Collector:
         Raises EncodingError for a value that is not finite, with the module that computed it.
         """
         with torch.no_grad():
-            rows = torch.stack(self._graph.module(*pytree.tree_leaves(inputs)))
+            found = self._graph.module(*pytree.tree_leaves(inputs))
+        rows = torch.stack(found) if found else torch.empty(0, 2)
         bad = ~rows.isfinite().all(1) & (rows[:, 0] != torch.inf)  # infinity first: no elements
         if bad.any():
             first = int(bad.nonzero()[0])

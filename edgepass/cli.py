@@ -95,9 +95,9 @@ def lower(
     ] = None,
     prefill_chunk: Annotated[int, typer.Option(help="qnn: tokens prefilled a call.")] = 128,
     calibration: Annotated[
-        Path | None, typer.Option(help="qnn: the UTF-8 text to calibrate on.")
+        Path | None, typer.Option(help="qnn: the UTF-8 text, or .jsonl, to calibrate on.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="qnn: read this many of it.")] = 1024,
+    calibration_tokens: Annotated[int, typer.Option(help="qnn: so many of its tokens.")] = 1024,
     calibration_num_threads: Annotated[
         int | None, typer.Option(help="qnn: calibrate with these, not with the best found.")
     ] = None,
@@ -119,7 +119,8 @@ def lower(
         report = lower_command(
             model, out, options, calibration, calibration_tokens, layers, trust_remote_code, check
         )
-        console.show(report, as_json, lambda: console.print_qnn_report(report, out))
+        if report is not None:
+            console.show(report, as_json, lambda: console.print_qnn_report(report, out))
         return
     with console.show_progress() as progress:
         progress("load")

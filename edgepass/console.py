@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
@@ -22,25 +31,50 @@ class TellProgress(Protocol):
 
 @contextmanager
 def show_progress() -> Iterator[TellProgress]:
-    """A bar on a terminal's standard error, else one line a stage."""
+    """A bar on a terminal's standard error, else one line a stage; with the time left of parts.
+
+    Of several processes that torchrun started each writes lines.
+    """
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or "TORCHELASTIC_RUN_ID" in os.environ:
         yield _tell_lines()
         return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("start", total=None)
 
         def tell(stage: str, done: int = 0, total: int | None = None) -> None:
+            if progress.tasks[0].description != stage:
+                progress.reset(task)  # the speed of one stage says nothing of the next
             progress.update(task, description=stage, completed=done, total=total)
 
         yield tell
 
 
+def say(line: str) -> None:
+    """Print a line on standard error, with the number of this process if torchrun started it."""
+    rank = f"[{os.environ['RANK']}] " if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    print(f"edgepass: {rank}{line}", file=sys.stderr, flush=True)
+
+
 def _tell_lines() -> TellProgress:
+    first: dict[str, tuple[int, float]] = {}
+
     def tell(stage: str, done: int = 0, total: int | None = None) -> None:
-        counted = "" if total is None else f" {done} of {total}"
-        print(f"edgepass: {stage}{counted}", file=sys.stderr, flush=True)
+        counted = ""
+        if total is not None:
+            begun, at = first.setdefault(stage, (done, time.monotonic()))
+            counted = f" {done} of {total}"
+            if begun < done < total:
+                left = (time.monotonic() - at) / (done - begun) * (total - done)
+                counted += f", {left:.0f} s left"
+        say(f"{stage}{counted}")
 
     return tell
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from edgepass.calibration.recipe_file import AnyRecipe
 from edgepass.ops.encodings import EncodingTable
 from edgepass.ops.encodings_file import write_encodings_file
 from edgepass.ops.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from edgepass.calibration.calibrate import Calibration
 
 BACKEND = "qnn"
 
@@ -71,15 +74,19 @@ def lower_for_qnn(
     check: bool = False,
     model_name: str | None = None,
     progress: Callable[[str], None] | None = None,
-) -> QnnProgram:
+    calibration: Calibration | None = None,
+) -> QnnProgram | None:
     """Lower a ``transformers`` causal language model for the HTP of ``options.soc``.
 
     ``tokens`` is the text to calibrate on: it is cut into chunks of the context, or is one shorter
     chunk. With ``check`` both methods run in the HTP simulator against the fake-quantized graphs,
-    and the least SQNR in dB of an output is reported as ``numerics.device_sqnr_db``.
+    and the least SQNR in dB of an output is reported as ``numerics.device_sqnr_db``. With
+    ``calibration`` an interrupted one is taken up. Returns None in the processes of ``torchrun``
+    other than the first, once the calibration that they share is done.
 
     Raises LibraryError without the QNN libraries, InvalidArgumentError for options that do not fit,
-    EncodingError for calibration data that gives no encodings.
+    EncodingError for calibration data that gives no encodings, CalibrationError for the checkpoint
+    of another calibration.
     """
     from edgepass.lowering.qnn_libraries import prepare_libraries
     from edgepass.lowering.qnn_recipes import find_chip
@@ -99,6 +106,8 @@ def lower_for_qnn(
 
     texts = cut_texts(tokens, options.context)
     count, threads = sum(map(len, texts)), options.calibration_threads
+    if threads is None and calibration is not None and calibration.workers.size > 1:
+        threads = torch.get_num_threads()  # torchrun has shared out the cores
     with (
         stages.stage("calibrate"),
         tuned_threads(model, count, threads, chunk=len(texts[0])) as choice,
@@ -107,7 +116,11 @@ def lower_for_qnn(
             recipe, soc, options.kv_bits, options.block_size, options.layer_block_sizes
         )
         decoder = CacheIoDecoder(model, options.context)
-        quantized = quantize_decoder(decoder, quantization, texts, options.prefill_chunk)
+        quantized = quantize_decoder(
+            decoder, quantization, texts, options.prefill_chunk, calibration
+        )
+        if quantized is None:
+            return None
     manager = _lower(quantized, soc, recipe, options, stages)
     buffer = bytes(manager.buffer)
     from edgepass.lowering.qnn_io import describe_io

@@ -19,8 +19,12 @@ def lower_command(
     layers: int | None,
     trust_remote_code: bool,
     check: bool,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Load, lower and write; return the report. Bad options are refused before the model is read.
+
+    The state of the calibration is kept beside ``out`` until all is written, so that the same
+    command goes on where it was killed. Of several processes that torchrun started, the first
+    lowers and the others only help to calibrate: theirs return None.
 
     Raises InvalidArgumentError without a calibration text, and what ``lower_for_qnn`` raises.
     """
@@ -33,21 +37,37 @@ def lower_command(
         if calibration is None:
             raise InvalidArgumentError(
                 "no calibration text: got calibration=None for backend=qnn, accepted is a UTF-8 "
-                "file of text like the model will see"
+                "file of text or JSONL like the model will see"
             )
         prepare_libraries()
         find_chip(options.soc)
 
+        from edgepass.calibration.calibrate import Calibration
+        from edgepass.calibration.chunks import chunks_of, read_chunks
         from edgepass.models.load import load_model
-        from edgepass.perplexity import read_tokens
 
         loaded, tokenizer = load_model(model, layers=layers, trust_remote_code=trust_remote_code)
-        tokens = read_tokens(tokenizer, calibration, calibration_tokens)
-        result = lower_for_qnn(
-            loaded, options, tokens, check=check, model_name=model, progress=progress
+        length, count = chunks_of(calibration_tokens, options.context)
+        chunks = read_chunks(tokenizer, calibration, length, count)
+        kept = Calibration(
+            out.absolute().parent / f".{out.name}.calibration",
+            progress=progress,
+            log=console.say,
         )
+        result = lower_for_qnn(
+            loaded,
+            options,
+            chunks.flatten().tolist(),
+            check=check,
+            model_name=model,
+            progress=progress,
+            calibration=kept,
+        )
+        if result is None:
+            return None
         progress("write")
         result.save(out, tokenizer)
+        kept.discard()
     return result.report
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Container
+from typing import Any
 
 from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
     PerBlockParamObserver,
@@ -36,12 +37,15 @@ PROJECTIONS = ("aten.linear", "aten.conv2d")
 _TRANSPOSITIONS = ("aten.transpose", "aten.permute", "aten.t")
 
 
-def kv_annotation() -> Callable[[GraphModule], None]:
-    """An annotation for ``add_custom_quant_annotations`` that makes KV caches 8-bit."""
+def kv_annotation(observer: Any = MinMaxObserver) -> Callable[[GraphModule], None]:
+    """An annotation for ``add_custom_quant_annotations`` that makes KV caches 8-bit.
+
+    ``observer`` makes the observers of the activations.
+    """
 
     def annotate(module: GraphModule) -> None:
-        cache = get_8a8w_qnn_ptq_config(act_symmetric=True, act_observer=MinMaxObserver)
-        rest = get_16a8w_qnn_ptq_config(act_observer=MinMaxObserver)
+        cache = get_8a8w_qnn_ptq_config(act_symmetric=True, act_observer=observer)
+        rest = get_16a8w_qnn_ptq_config(act_observer=observer)
         rows: dict[Node, SharedQuantizationSpec] = {}
         for node in module.graph.nodes:
             if _is_attention(node):

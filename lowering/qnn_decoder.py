@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from edgepass.calibration.observe import observe
-from edgepass.lowering.qnn_quantizer import MODEL_PREFIX, QnnQuantization
+from edgepass.calibration.calibrate import Calibration
+from edgepass.lowering.qnn_quantizer import MODEL_PREFIX, RANGE_OBSERVERS, QnnQuantization
 from edgepass.models.cache_decoder import CacheIoDecoder, DecoderForm, export_form
 from edgepass.ops.encodings import EncodingTable
 from edgepass.ops.errors import EncodingError, InvalidArgumentError
@@ -42,12 +42,13 @@ def quantize_decoder(
     quantization: QnnQuantization,
     texts: Sequence[Tensor],
     prefill_chunk: int,
-) -> QuantizedDecoder:
+    calibration: Calibration | None = None,
+) -> QuantizedDecoder | None:
     """Calibrate ``decoder`` on ``texts`` and quantize its AR-``prefill_chunk`` and AR-1 forms.
 
     ``texts`` are token ids int ``[S]`` (or vectors float ``[S, H]``), all of one length up to the
     context; each runs once through the graph of the whole chunk. The encodings found there go into
-    the forms with caches.
+    the forms with caches. Returns None in a process that only helped another to calibrate.
 
     Raises InvalidArgumentError for texts of different or impossible lengths, EncodingError for
     activations that are not finite or values without an encoding.
@@ -60,7 +61,10 @@ def quantize_decoder(
         )
     chunk = decoder.form(lengths[0], lengths[0])
     prepared = quantization.prepare(export_form(chunk))
-    observe(prepared, (chunk.inputs(text) for text in texts))
+    calibration = calibration or Calibration()
+    calibration.run(prepared, texts, chunk.inputs, RANGE_OBSERVERS)
+    if calibration.workers.rank:
+        return None
     chunk_graph = quantization.convert(prepared)
     forms = {DECODE_METHOD: decoder.form(1), PREFILL_METHOD: decoder.form(prefill_chunk)}
     graphs = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from executorch.backends.qualcomm.quantizer.observers.concat_observer import ConcatObserver
 from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
     PerBlockParamObserver,
 )
@@ -19,10 +20,10 @@ from executorch.backends.qualcomm.quantizer.quantizer import (
 )
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e import MinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgepass.calibration.block_scales import snap_block_scales
+from edgepass.calibration.observer_kinds import observer_class
 from edgepass.calibration.recipe import Role
 from edgepass.calibration.recipe_resolution import ModuleRecipe
 from edgepass.lowering.qnn_annotation import (
@@ -43,6 +44,9 @@ from edgepass.passes.value_names import call_name, module_path
 
 # Where a decoder's form has the model, whose own paths recipes speak of.
 MODEL_PREFIX = "decoder.model"
+
+# The stock observers of this backend that learn of an activation its extremes alone.
+RANGE_OBSERVERS: frozenset[type] = frozenset({ConcatObserver})
 
 
 @dataclass(frozen=True)
@@ -93,16 +97,17 @@ class QnnQuantization:
 
     def _quantizer(self, module: GraphModule) -> QnnQuantizer:
         quantizer = QnnQuantizer(soc_model=self.soc)
+        observer = observer_class(self.recipe.observer)
         quantizer.set_default_quant_config(
             self.recipe.quant_dtype(),
             is_conv_per_channel=True,
             is_linear_per_channel=True,
-            act_observer=MinMaxObserver,
+            act_observer=observer,
         )
         own = self._own_recipes(module)
         configs = [(_stands_in(paths), _config(each)) for each, paths in own.items()]
         if self.recipe.activation_bits == 8:
-            configs.append((_is_no_projection, _sixteen_bits()))
+            configs.append((_is_no_projection, _sixteen_bits(observer)))
         quantizer.set_submodule_qconfig_list(configs)
         custom: list[Callable[[GraphModule], None]] = []
         if self.recipe.blocks_anywhere:
@@ -112,7 +117,7 @@ class QnnQuantization:
         if self.recipe.activation_bits is None:
             custom.append(keep_float_activations)
         elif (self.kv_bits or self.recipe.kv_bits) == 8:
-            custom.append(kv_annotation())
+            custom.append(kv_annotation(observer))
         quantizer.add_custom_quant_annotations(custom)
         return quantizer
 
@@ -172,12 +177,12 @@ def _config(recipe: QnnRecipe) -> ModuleQConfig:
         recipe.quant_dtype(),
         is_conv_per_channel=True,
         is_linear_per_channel=True,
-        act_observer=MinMaxObserver,
+        act_observer=observer_class(recipe.observer),
     )
 
 
-def _sixteen_bits() -> ModuleQConfig:
-    return ModuleQConfig(QuantDtype.use_16a8w, act_observer=MinMaxObserver)
+def _sixteen_bits(observer: Any) -> ModuleQConfig:
+    return ModuleQConfig(QuantDtype.use_16a8w, act_observer=observer)
 
 
 def _check_weights(program: ExportedProgram) -> None:

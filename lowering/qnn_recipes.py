@@ -7,6 +7,7 @@ from typing import Any
 
 from edgepass.calibration.recipe import Recipe
 from edgepass.calibration.recipe_file import AnyRecipe, find_recipe
+from edgepass.calibration.recipe_observers import AnyObserver, MinMax
 from edgepass.calibration.recipe_presets import PRESETS
 from edgepass.calibration.recipe_resolution import ModuleRecipe
 from edgepass.lowering.recipe_legality import check_legality
@@ -24,13 +25,16 @@ class QnnRecipe:
     ``blocks`` one a block of input features (LPBQ). ``name`` is the stock ``QuantDtype``'s. With
     8-bit activations only the linears compute in 8 bits: HTP's norms and softmax of 8 bits are off
     by whole steps (13 dB for the logits of one layer), so these and what is between them have 16.
-    ``asked`` is the recipe that this is the default of: it may ask for others for some modules.
+    ``observer`` finds the ranges of activations; caches and what is between the linears take the
+    default's. ``asked`` is the recipe that this is the default of: it may ask for others for some
+    modules.
     """
 
     name: str
     activation_bits: int | None
     weight_bits: int
     blocks: bool = False
+    observer: AnyObserver = field(default_factory=lambda: MinMax(kind="min_max"))
     asked: Recipe = field(default_factory=lambda: PRESETS["16a4w_block"], compare=False)
 
     @property
@@ -64,7 +68,7 @@ def qnn_recipe(module: ModuleRecipe) -> QnnRecipe:
     blocks = weights.granularity == "block"
     assert weights.bits is not None, "check_legality refuses float weights"
     name = f"{'fp16' if bits is None else bits}a{weights.bits}w{'_block' if blocks else ''}"
-    return QnnRecipe(name, bits, weights.bits, blocks)
+    return QnnRecipe(name, bits, weights.bits, blocks, module.observer)
 
 
 QNN_RECIPES = {

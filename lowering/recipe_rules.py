@@ -128,7 +128,6 @@ def _qnn(module: ModuleRecipe, role: Role) -> Iterator[Part]:
             "activations.kind": "static",
             "activations.granularity": "tensor",
             "activations.mapping": "asymmetric",
-            "observer.kind": "min_max",
         }
     for key, nearest in wanted.items():
         section, _, field = key.partition(".")

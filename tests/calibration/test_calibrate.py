@@ -54,7 +54,7 @@ def test_a_finished_run_is_taken_from_its_checkpoint_until_it_is_discarded(tmp_p
     calibration = Calibration(folder, log=lines.append)
     calibration.run(again, chunks(3), inputs)
     assert encodings(first) == encodings(again)
-    assert "ran 0 of 3 chunks ([]), 0 tokens" in lines[0] and "took 3 from" in lines[0]
+    assert "ran 0 of 3 chunks (none), 0 tokens" in lines[0] and "took 3 from" in lines[0]
     calibration.discard()
     assert not folder.exists()
 
@@ -89,6 +89,12 @@ def test_the_checkpoint_of_another_run_is_refused_and_left(tmp_path, graph, data
     with pytest.raises(CalibrationError, match=rf"another calibration: .* \({part}="):
         Calibration(tmp_path, progress=lambda *each: ran.append(each)).run(graph, data, inputs)
     assert path.read_bytes() == before and not ran
+
+
+def test_a_run_of_one_process_from_the_start_has_nothing_to_say() -> None:
+    lines = []
+    Calibration(log=lines.append).run(prepared(), chunks(1), inputs)
+    assert lines == []
 
 
 def test_no_chunks_are_refused() -> None:

@@ -102,6 +102,18 @@ def test_pointwise_convolutions_run_as_linears(options, pointwise) -> None:
     torch.testing.assert_close(*ends, rtol=2e-6, atol=1e-6)
 
 
+class Unobserved(nn.Module):
+    def forward(self, x):
+        return x.abs()
+
+
+def test_a_graph_without_observers_runs() -> None:
+    graph = prepared(module=Unobserved())
+    assert not observers(graph)
+    Calibration().run(graph, chunks(2), inputs)
+    assert Collector(graph, frozenset()).run(inputs(chunks(1)[0])).shape == (0, 2)
+
+
 class Doubling(MinMaxObserver):
     """An observer that changes what it sees, as fake quantizers do."""
 

@@ -53,7 +53,8 @@ def test_two_processes_end_with_the_encodings_of_one_bit_by_bit(shared, one_thre
 def test_the_log_says_what_each_process_did(shared, rank) -> None:
     (line,) = shared[1][rank]["min_max"][1]
     own = list(range(rank, COUNT, 2))
-    assert line.startswith(f"rank {rank} of 2: ran {len(own)} of {COUNT} chunks ({own}), ")
+    numbers = ", ".join(map(str, own))
+    assert line.startswith(f"rank {rank} of 2: ran {len(own)} of {COUNT} chunks ({numbers}), ")
 
 
 def test_each_process_has_a_checkpoint_of_its_own(shared) -> None:

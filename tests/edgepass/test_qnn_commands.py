@@ -19,6 +19,7 @@ from tests.models.tiny_models import save_checkpoint, tiny_model
 
 pytestmark = needs_libraries
 CONTEXT, CHUNK = 24, 6
+SHORT = ("--context=24", "--prefill-chunk=6", "--calibration={text}")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,9 @@ def lowered(tmp_path_factory, checkpoint, text) -> SimpleNamespace:
 def test_the_folder_holds_everything(lowered) -> None:
     names = {path.name for path in lowered.folder.iterdir()}
     assert names >= {"model.pte", "report.json", "encodings.json", "tokenizer.json"}
+    # The state of the calibration is gone, now that all is written.
+    assert [path.name for path in lowered.folder.parent.iterdir()] == [lowered.folder.name]
+    assert lowered.report["calibration_tokens"] == 48
     assert json.loads((lowered.folder / "report.json").read_text()) == lowered.report
     encodings = read_encodings_file(lowered.folder / "encodings.json")
     assert len(encodings) == lowered.report["encodings"] > 50
@@ -177,9 +181,14 @@ def test_encodings_are_shown_and_compared(command, lowered, tmp_path) -> None:
             "no such module: got block_size=64 for up, accepted are ends of paths such as down_pro",
         ),
         (
-            ("--block-size=48", "--context=24", "--prefill-chunk=6", "--calibration={text}"),
+            (*SHORT, "--block-size=48", "--calibration-tokens=48"),
             "got block_size=48, which does not divide the 64 input features",
         ),
+        (
+            (*SHORT, "--calibration-tokens=1200"),
+            "calibration text too short: got 149 tokens in {text}, needed are 1200 (50 x 24)",
+        ),
+        ((*SHORT, "--calibration-tokens=1"), "too few tokens: got calibration_tokens=1, accepted"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(
@@ -196,4 +205,4 @@ def test_bad_options_are_refused_in_one_line(
     line = refused(
         *("lower", "--model", checkpoint, "--backend", "qnn", *recipe, "--out", out, *filled)
     )
-    assert message in line and not out.exists()
+    assert message.format(text=text) in line and not list(tmp_path.iterdir())

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from edgepass.calibration.recipe_file import parse_recipe
+from edgepass.calibration.recipe_observers import MovingAverage, Mse, Percentile
+from edgepass.calibration.recipe_presets import PRESETS
 from edgepass.ops.errors import EncodingError, InvalidArgumentError
 from tests.lowering.qnn_programs import (
     CHUNK,
@@ -115,6 +117,27 @@ def test_a_block_size_that_does_not_divide_is_refused() -> None:
 def test_cache_bits_that_do_not_fit_are_refused(recipe, bits) -> None:
     with pytest.raises(InvalidArgumentError, match=f"got kv_bits={bits} for recipe={recipe}"):
         quantized("qwen3", recipe, kv_bits=bits)
+
+
+@pytest.mark.parametrize(
+    "observer",
+    [
+        Percentile(kind="percentile", percentile=99.0),
+        MovingAverage(kind="moving_average", constant=0.5),
+        Mse(kind="mse"),
+    ],
+    ids=lambda each: each.kind,
+)
+def test_other_observers_give_every_value_a_range_within_the_extremes(observer) -> None:
+    recipe = PRESETS["16a8w"].changed(observer=observer)
+    widest, found = quantized("qwen3", "16a8w"), quantized("qwen3", recipe)
+    ratios = {
+        name: float(encoding.scale / widest.encodings[name].scale)
+        for name, encoding in found.encodings.activations.items()
+    }
+    assert ratios.keys() == widest.encodings.activations.keys()
+    assert max(ratios.values()) <= 1 + 1e-5
+    assert (min(ratios.values()) < 0.9) == (observer.kind != "mse")
 
 
 class _Divide(torch.nn.Module):

@@ -174,10 +174,7 @@ def test_encodings_are_shown_and_compared(command, lowered, tmp_path) -> None:
             "got block_size=64 for recipe=16a8w, which has no blocks",
         ),
         (
-            (
-                *("--block-size-for=up=64", "--context=24", "--prefill-chunk=6"),
-                "--calibration={text}",
-            ),
+            (*SHORT, "--block-size-for=up=64", "--calibration-tokens=48"),
             "no such module: got block_size=64 for up, accepted are ends of paths such as down_pro",
         ),
         (
@@ -186,7 +183,7 @@ def test_encodings_are_shown_and_compared(command, lowered, tmp_path) -> None:
         ),
         (
             (*SHORT, "--calibration-tokens=1200"),
-            "calibration text too short: got 149 tokens in {text}, needed are 1200 (50 x 24)",
+            "calibration text too short: got 147 tokens in {text}, needed are 1200 (50 x 24)",
         ),
         ((*SHORT, "--calibration-tokens=1"), "too few tokens: got calibration_tokens=1, accepted"),
     ],

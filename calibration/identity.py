@@ -48,7 +48,7 @@ def _constants(prepared: GraphModule) -> Iterable[bytes | memoryview]:
 
 def _bytes(name: str, value: Tensor) -> Iterable[bytes | memoryview]:
     yield f"{name} {value.dtype} {list(value.shape)}\n".encode()
-    yield memoryview(value.contiguous().view(-1).view(torch.uint8).numpy())
+    yield value.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _structure(prepared: GraphModule) -> Iterable[bytes]:

@@ -63,12 +63,7 @@ class LoweredDecoder:
                 f"tokens beyond the context: got {len(tokens)} tokens at position={position}, "
                 f"accepted are 1 to {most} tokens at positions 0 to {self.context - 1}"
             )
-        wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
-        if wrong:
-            raise InvalidArgumentError(
-                f"token beyond the vocabulary: got token={wrong[0]}, accepted are 0 to "
-                f"{self.vocabulary - 1}"
-            )
+        check_vocabulary(tokens, self.vocabulary)
         inputs = [torch.tensor([tokens]), torch.tensor([position])]
         return self._run(inputs)[0].reshape(-1)
 
@@ -88,6 +83,16 @@ class LoweredDecoder:
                 "folders that `edgepass lower --out` wrote"
             )
         return value
+
+
+def check_vocabulary(tokens: list[int], vocabulary: int) -> None:
+    """Raise InvalidArgumentError for an id that is not one of the ``vocabulary`` ids from 0 on."""
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise InvalidArgumentError(
+                f"token beyond the vocabulary: got token={token}, accepted are 0 to "
+                f"{vocabulary - 1}"
+            )
 
 
 def load_decoder(folder: str | Path) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgepass.generation import check_vocabulary
 from edgepass.ops.errors import InvalidArgumentError, ProgramError
 
 _DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
@@ -56,12 +57,7 @@ class SimulatedDecoder:
                 f"tokens beyond the context: got {len(tokens)} tokens at position={position}, "
                 f"accepted are 1 and more at positions 0 to {self._filled}, up to {self.context}"
             )
-        wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
-        if wrong:
-            raise InvalidArgumentError(
-                f"token beyond the vocabulary: got token={wrong[0]}, accepted are 0 to "
-                f"{self.vocabulary - 1}"
-            )
+        check_vocabulary(tokens, self.vocabulary)
         logits = torch.empty(0)
         while tokens:
             # A padded chunk must fit the cache that the prefill form has.

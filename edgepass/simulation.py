@@ -64,7 +64,7 @@ def _read_arrays(path: Path) -> list[torch.Tensor]:
 
 
 def _write_arrays(path: Path, results: list[Any]) -> None:
-    arrays = {f"output_{i}": np.asarray(result) for i, result in enumerate(results)}
+    arrays: dict[str, Any] = {f"output_{i}": np.asarray(each) for i, each in enumerate(results)}
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:

@@ -9,6 +9,7 @@ partitioner gets it.
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +19,13 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from edgepass.ops.errors import ProgramError
+from edgepass.lowering.shape_symbols import settle_symbols
+from edgepass.ops.errors import EdgepassError, ProgramError
+from edgepass.passes.pipelines import fusion_pipeline
+from edgepass.passes.program import WorkingProgram
 
 _ABSENT: Any = object()
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,27 @@ def _check(hook: Hook) -> None:
             f"cannot register with this ExecuTorch: got {hook.owner.__name__}.{hook.method} of "
             f"parameters={parameters}, expected ['self', 'exported_program']; use executorch 1.5.1"
         )
+
+
+def fuse_or_leave(
+    program: ExportedProgram,
+    backend: str,
+    rewrite: Callable[[ExportedProgram], ExportedProgram],
+    has_fused: Callable[[ExportedProgram], bool],
+) -> ExportedProgram:
+    """Return ``rewrite`` of the program fused, for the ``backend`` of that name.
+
+    The given one, untouched, if nothing in it is fused; with a warning if something is refused.
+    """
+    working = WorkingProgram(program)
+    try:
+        with settle_symbols(program):
+            fusion_pipeline().apply(working)
+            fused = rewrite(working.to_exported())
+    except EdgepassError as error:
+        _LOG.warning("edgepass leaves a program to stock %s: %s", backend, error)
+        return program
+    return fused if has_fused(fused) else program
 
 
 def tags_are_acyclic(program: ExportedProgram) -> bool:

@@ -90,6 +90,7 @@ def find_qnn_recipe(recipe: AnyRecipe) -> QnnRecipe:
 
 def check_kv_bits(recipe: QnnRecipe, kv_bits: int) -> None:
     """Raise InvalidArgumentError unless a KV cache of ``kv_bits`` fits the recipe."""
+    accepted: tuple[int, ...]
     if recipe.activation_bits is None:
         accepted = (16,)
     else:

@@ -73,10 +73,10 @@ def _host_parts(module: ModuleRecipe, role: Role) -> Iterator[Part]:
         yield Part("activations.kind", "static", "dynamic")
     elif activations.kind == "dynamic":
         wanted = {"bits": 8, "granularity": "token", "mapping": "asymmetric"}
-        for field, nearest in wanted.items():
+        for field, accepted in wanted.items():
             value = getattr(activations, field)
-            if value != nearest:
-                yield Part(f"activations.{field}", value, nearest)
+            if value != accepted:
+                yield Part(f"activations.{field}", value, accepted)
 
 
 def _xnnpack(module: ModuleRecipe, role: Role) -> Iterator[Part]:

@@ -42,6 +42,10 @@ class GraphEditor:
         tensor = self.program.constant(node)
         return None if tensor is None else tensor.detach()
 
+    def required_constant(self, node: Any) -> torch.Tensor:
+        """Return the tensor of a constant or buffer. Raises ProgramError for anything else."""
+        return self.program.required_constant(node).detach()
+
     def constant_name(self, node: Any) -> str:
         """Return the qualified name of a constant, ``""`` for anything else."""
         name = self.program.qualified_name(node) if isinstance(node, Node) else None
@@ -66,9 +70,7 @@ class GraphEditor:
         """Return the constant that ``change`` makes of the constant ``source``, made once."""
 
         def compute() -> torch.Tensor:
-            content = self.constant(source)
-            assert content is not None, f"{source} is a constant"
-            return change(content)
+            return change(self.required_constant(source))
 
         name = f"{self.constant_name(source)}_{kind}"
         return self.program.derive_constant(("vulkan", kind, source, key), name, compute)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +9,10 @@ from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPart
 from executorch.exir.backend.partitioner import PartitionResult
 from torch.export import ExportedProgram
 
-from edgepass.lowering.partitioner_hooks import Hook
-from edgepass.lowering.shape_symbols import settle_symbols
+from edgepass.lowering.partitioner_hooks import Hook, fuse_or_leave
 from edgepass.lowering.vulkan_partition import tag_right_nodes
 from edgepass.lowering.vulkan_rewrite import rewrite_for_vulkan
-from edgepass.ops.errors import EdgepassError
-from edgepass.passes.pipelines import fusion_pipeline
-from edgepass.passes.program import WorkingProgram
 from edgepass.passes.targets import operator_name
-
-_LOG = logging.getLogger(__name__)
 
 
 def vulkan_hooks() -> list[Hook]:
@@ -37,17 +30,13 @@ def _fuse(stock: Callable[..., Any], partitioner: Any, program: ExportedProgram)
 def fuse(program: ExportedProgram, *, half: bool) -> ExportedProgram:
     """Return the program in the Vulkan runtime's operators, computed in float16 if ``half``.
 
-    The given one, untouched, if nothing in it is fused; with a warning if something is refused.
+    The given one where ``fuse_or_leave`` says so.
     """
-    working = WorkingProgram(program)
-    try:
-        with settle_symbols(program):
-            fusion_pipeline().apply(working)
-            fused = rewrite_for_vulkan(working.to_exported(), merge=True, half=half).program
-    except EdgepassError as error:
-        _LOG.warning("edgepass leaves a program to stock Vulkan: %s", error)
-        return program
-    return fused if _has_fused(fused) else program
+
+    def rewrite(fused: ExportedProgram) -> ExportedProgram:
+        return rewrite_for_vulkan(fused, merge=True, half=half).program
+
+    return fuse_or_leave(program, "Vulkan", rewrite, _has_fused)
 
 
 class FusedVulkanPartitioner(VulkanPartitioner):

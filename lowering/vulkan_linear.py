@@ -124,6 +124,7 @@ class LinearLowering:
         scales = self._joined(sites, "w_scales", "transposed", lambda each: each.t().contiguous())
         bias, apart = self._bias(sites), self.half or node.meta["val"].dtype != torch.float32
         fused_bias = None if apart else bias
+        args: tuple[Any, ...]
         if sites[0].weight_only:
             target, args = _WEIGHT_ONLY, (x, weight, scales, group, fused_bias)
         else:
@@ -182,7 +183,7 @@ class LinearLowering:
         nodes = tuple(argument(site.node, name) for site in sites)
 
         def make() -> Tensor:
-            tensors = [self.editor.constant(each) for each in nodes]
+            tensors = [self.editor.required_constant(each) for each in nodes]
             return change(torch.cat(tensors) if len(tensors) > 1 else tensors[0])
 
         label = f"{self.editor.constant_name(nodes[0])}_{kind}"

@@ -73,7 +73,7 @@ def read_linear(editor: GraphEditor, node: Node) -> Operands:
         if value is not None and editor.constant(value) is None:
             raise Refused("its weight, scales, zero points or bias are not constants")
     _check_dtypes(x, scales, floor)
-    if not editor.constant(zeros).any():
+    if not editor.required_constant(zeros).any():
         zeros = None
     return Operands(node, x, floor, packed, argument(node, "group_size"), scales, zeros, bias)
 

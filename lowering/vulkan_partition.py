@@ -158,7 +158,7 @@ def _is_wrong(node: Node) -> bool:
     if node.target == _edge.aten.gelu.default:
         return node.kwargs.get("approximate", "none") != "tanh"  # the runtime only has this form
     if node.target == _edge.aten.squeeze_copy.dims:
-        return 0 in [dim % value.dim() for dim in node.args[1]]
+        return value is None or 0 in [dim % value.dim() for dim in node.args[1]]
     # Splits keep their largest sizes whatever the token count is.
     is_split = node.target == _edge.aten.split_with_sizes_copy.default
     return is_split and isinstance(value, Tensor) and _is_dynamic(value)

@@ -177,7 +177,8 @@ def _with_float_weight(form: Callable[..., Tensor], *names: str) -> Callable[...
 
     def prepare(editor: GraphEditor, node: Node) -> tuple[Callable[..., Any], list[Any]]:
         packed, scales, zeros = (
-            editor.constant(argument(node, name)) for name in ("w_packed", "w_scales", "w_zeros")
+            editor.required_constant(argument(node, name))
+            for name in ("w_packed", "w_scales", "w_zeros")
         )
         inputs = [argument(node, name) for name in names]
         k = inputs[0].meta["val"].shape[-1]
@@ -198,7 +199,7 @@ def _linear(editor: GraphEditor, node: Node) -> tuple[Callable[..., Any], list[A
 def _embedding(editor: GraphEditor, node: Node) -> tuple[Callable[..., Any], list[Any]]:
     table, scales, zeros, ids = (argument(node, n) for n in ("weight", "scales", "zeros", "ids"))
     if argument(node, "bits") == 4:
-        unpacked = unpack_int4(editor.constant(table), node.meta["val"].shape[-1])
+        unpacked = unpack_int4(editor.required_constant(table), node.meta["val"].shape[-1])
         table = editor.add_constant(f"{editor.constant_name(table)}_int8", unpacked)
     return partial(embedding, argument(node, "group_size")), [table, scales, zeros, ids]
 

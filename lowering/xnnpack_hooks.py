@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,17 +11,11 @@ from executorch.exir.backend.utils import tag_constant_data
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from edgepass.lowering.partitioner_hooks import Hook, tags_are_acyclic
-from edgepass.lowering.shape_symbols import settle_symbols
+from edgepass.lowering.partitioner_hooks import Hook, fuse_or_leave, tags_are_acyclic
 from edgepass.lowering.xnnpack import prepare_for_xnnpack
 from edgepass.lowering.xnnpack_partition import FusedXnnpackPartitioner
 from edgepass.lowering.xnnpack_support import FUSED
-from edgepass.ops.errors import EdgepassError
-from edgepass.passes.pipelines import fusion_pipeline
-from edgepass.passes.program import WorkingProgram
 from edgepass.passes.targets import operator_name
-
-_LOG = logging.getLogger(__name__)
 
 
 def xnnpack_hooks() -> list[Hook]:
@@ -38,19 +31,8 @@ def _fuse(stock: Callable[..., Any], partitioner: Any, program: ExportedProgram)
 
 
 def fuse(program: ExportedProgram) -> ExportedProgram:
-    """Return the program fused and prepared for XNNPACK.
-
-    The given one, untouched, if nothing in it is fused; with a warning if something is refused.
-    """
-    working = WorkingProgram(program)
-    try:
-        with settle_symbols(program):
-            fusion_pipeline().apply(working)
-            fused = prepare_for_xnnpack(working.to_exported())[0]
-    except EdgepassError as error:
-        _LOG.warning("edgepass leaves a program to stock XNNPACK: %s", error)
-        return program
-    return fused if _has_fused(fused) else program
+    """Return the program fused and prepared for XNNPACK, or the given one: see fuse_or_leave."""
+    return fuse_or_leave(program, "XNNPACK", lambda it: prepare_for_xnnpack(it)[0], _has_fused)
 
 
 def _partition(

@@ -55,6 +55,7 @@ class StaticCacheDecoder(nn.Module):
         for i in range(self.layers):
             self.register_buffer(f"k_cache_{i}", torch.zeros(shape, dtype=model.dtype))
             self.register_buffer(f"v_cache_{i}", torch.zeros(shape, dtype=model.dtype))
+        self.cache_positions: Tensor
         self.register_buffer("cache_positions", torch.arange(context), persistent=False)
         if model.config.model_type not in TESTED_FAMILIES:
             _check_agreement(self)

@@ -87,8 +87,8 @@ def read_gguf(path: Path) -> GgufFile:
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {
-        name: _locate(path, name, *entry, data_start)  # type: ignore[call-arg]
-        for name, *entry in entries
+        name: _locate(path, name, shape, kind, offset, data_start)
+        for name, shape, kind, offset in entries
     }
     end = max((tensor.start + tensor.size for tensor in tensors.values()), default=0)
     if end > len(cursor.data):
@@ -123,7 +123,9 @@ class _Cursor:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data = memoryview(np.memmap(path, mode="r", dtype=np.uint8) if _size(path) else b"")
+        self.data = (
+            np.memmap(path, mode="r", dtype=np.uint8).data if _size(path) else memoryview(b"")
+        )
         self.position = 0
 
     def truncated(self, needed: int) -> CheckpointError:
@@ -159,8 +161,9 @@ class _Cursor:
     def array(self, kind: int, count: int) -> Any:
         """Return numbers as a list; of an array of strings (a vocabulary) only its length."""
         if kind in _SCALARS:
-            width = struct.calcsize(f"<{_SCALARS[kind]}")
-            return list(memoryview(bytes(self.take(count * width))).cast(_SCALARS[kind]))
+            layout = f"<{_SCALARS[kind]}"
+            data = self.take(count * struct.calcsize(layout))
+            return [number for (number,) in struct.iter_unpack(layout, data)]
         if kind == _STRING:
             for _ in range(count):
                 self.take(*self.unpack("Q"))

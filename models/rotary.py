@@ -57,7 +57,7 @@ def static_rotary(model: nn.Module) -> Iterator[None]:
 
 
 def _length_dependent(model: nn.Module) -> list[Any]:
-    def types(module: Any) -> set[str]:
+    def types(module: Any) -> set[Any]:
         kind = getattr(module, "rope_type", None)
         return set(kind.values()) if isinstance(kind, dict) else {kind}
 

@@ -57,7 +57,8 @@ def linear_qta8a_qga4w_dynamic(
     _check_weight(_NAME, x, w_packed, group_size, w_scales, w_zeros, bias)
     weight = (w_packed, group_size, w_scales, w_zeros)
     if x.dtype != torch.float32 or is_small(x, w_packed):
-        return linear_qta8a_qga4w(*quantize_per_token(x), *weight, bias)
+        q, scale, zero = quantize_per_token(x)
+        return linear_qta8a_qga4w(q, scale, zero, *weight, bias)
     out = matmul_float32(quantize_dequantize(x), *weight, _float_bias(bias))
     return out.to(w_scales.dtype)
 

@@ -8,6 +8,8 @@ summed into few outputs, one output that cancels out could break that bound, and
 nothing: small products are done there.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -21,6 +23,8 @@ _BLOCK = 320
 # oneDNN picks a layout by it, which serves others too: a prefill chunk's gains most.
 _TYPICAL_ROWS = 128
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
+# An overload by name below: to let torch choose one takes time at each call.
+_MULTIPLY: Any = torch.ops.mkldnn._linear_pointwise if _HAS_ONEDNN else None
 
 
 def is_small(x: torch.Tensor, packed: torch.Tensor) -> bool:
@@ -55,19 +59,18 @@ def matmul_float32(
     """x ``[..., K]`` times the dequantized weight plus bias, in float32: ``[..., N]``."""
     entry = weight_cache.find(packed, scales, zeros, group_size)
     parts = weight_cache.form(entry, "blocks", lambda: _pack_blocks(packed, entry))
-    rows = x.reshape(-1, x.shape[-1])
     out = None
-    for columns, part in zip(_blocks(rows.shape[1]), parts, strict=True):
-        out = _add_product(out, rows[:, columns], part, bias if out is None else None)
+    for rows, part in zip(_blocks(x.reshape(-1, x.shape[-1])), parts, strict=True):
+        out = _add_product(out, rows, part, bias if out is None else None)
     assert out is not None, "K is 1 or more"
     return out.view(*x.shape[:-1], packed.shape[0])
 
 
-def _blocks(k: int) -> list[slice]:
-    """Stretches of ``range(k)``, all as long as a multiple of 16 allows."""
+def _blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of ``[.., K]``, cut along K, all as long as a multiple of 16 allows."""
+    k = matrix.shape[1]
     count = -(-k // _BLOCK)
-    size = -(-k // count // 16) * 16
-    return [slice(start, min(start + size, k)) for start in range(0, k, size)]
+    return matrix.split(-(-k // count // 16) * 16, dim=1)
 
 
 def _add_product(
@@ -77,16 +80,15 @@ def _add_product(
     if not _HAS_ONEDNN:
         product = F.linear(x.contiguous(), part, bias)
         return product if total is None else total.add_(product)
-    multiply = torch.ops.mkldnn._linear_pointwise
     if total is None:
-        return multiply(x.contiguous(), part, bias, "none", [], "")
-    return multiply.binary(x.contiguous(), total, part, bias, "add")
+        return _MULTIPLY.default(x.contiguous(), part, bias, "none", [], "")
+    return _MULTIPLY.binary(x.contiguous(), total, part, bias, "add")
 
 
 def _pack_blocks(packed: torch.Tensor, entry: PreparedWeight) -> tuple[torch.Tensor, ...]:
     """The blocks of the float32 weight, in oneDNN's own layout (for any number of rows)."""
     weight = _dequantize(packed, entry, torch.float32)
-    parts = [weight[:, columns].contiguous() for columns in _blocks(weight.shape[1])]
+    parts = [part.contiguous() for part in _blocks(weight)]
     if not _HAS_ONEDNN:
         return tuple(parts)
     return tuple(torch.ops.mkldnn._reorder_linear_weight(part, _TYPICAL_ROWS) for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -110,7 +111,8 @@ def joined_values(join: Node) -> list[Node]:
 
 def _check_shapes(cache: Node, output: Node) -> None:
     """The output must be rows of the cache: the same shape but for one dimension."""
-    one, other = cache.meta.get("val"), output.meta.get("val")
+    one: Any = cache.meta.get("val")
+    other: Any = output.meta.get("val")
     other = root_value(output) if other is None else other
     if one is None or other is None:
         return

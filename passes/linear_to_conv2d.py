@@ -37,13 +37,13 @@ class ConvertLinear(RewriteRule):
         return None
 
     def rewrite(self, match: Match, editor: Editor) -> Node:
-        x, out = fake_tensor(match.x), fake_tensor(match.anchor)
+        x, out = match.x.meta["val"], match.anchor.meta["val"]
         batch, rows, width = (1, *x.shape) if x.dim() == 2 else x.shape
         call, weight = editor.call, match.weight
         columns = match.program.derive_constant(
             ("conv2d", weight),
             f"{match.program.qualified_name(weight)}_conv2d",
-            lambda: match.program.constant(weight).detach()[:, :, None, None],
+            lambda: match.program.required_constant(weight).detach()[:, :, None, None],
         )
         image = call(torch.ops.aten.view.default, match.x, [batch, rows, 1, width])
         image = call(torch.ops.aten.permute.default, image, [0, 3, 2, 1])

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from edgepass.ops.errors import ProgramError
 from edgepass.passes.aliasing import MutationTable, has_effect
-from edgepass.passes.targets import is_call
+from edgepass.passes.targets import is_call, render_value
 
 INNER_TENSOR = "export.access_subclass_inner_tensor"
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -129,6 +129,15 @@ class WorkingProgram:
             return None
         target = self._target(node)
         return self._state[target] if target in self._state else self._constants.get(target)
+
+    def required_constant(self, node: Any) -> torch.Tensor:
+        """Return the tensor behind a constant. Raises ProgramError if it is none."""
+        tensor = self.constant(node)
+        if tensor is None:
+            raise ProgramError(
+                f"no constant: got {render_value(node)}, accepted are parameters and buffers"
+            )
+        return tensor
 
     def number(self, value: Any) -> float | int | None:
         """Return a Python number, or the value of a constant with one element, else None."""

@@ -109,7 +109,6 @@ def _known_result(match: Match) -> tuple[torch.Tensor, ...] | None:
     """Return the fake results if the replaced calls have them: torchao's have the same form."""
     x, q = fake_tensor(match.x), fake_tensor(match.quantize)
     scale, zero = match.choose.meta["val"]
-    alike = x is not None and q is not None and zero.dtype == torch.int8
-    if not alike or scale.dim() != x.dim() - 1 or scale.dtype != x.dtype:
+    if x is None or q is None or zero.dtype != torch.int8:
         return None
-    return (q, scale, zero)
+    return (q, scale, zero) if scale.dim() == x.dim() - 1 and scale.dtype == x.dtype else None

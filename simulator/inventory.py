@@ -121,11 +121,13 @@ def _roles(graph: VulkanGraph) -> dict[int, str]:
 
 
 def _constants(graph: VulkanGraph) -> list[ConstantEntry]:
-    role_of, keys = _roles(graph), dict(graph.constants())
-    uses = Counter(keys[number].constant.key for _, _, number in _reads(graph) if number in keys)
+    role_of = _roles(graph)
+    constants = [(n, value, value.constant.key) for n, value in graph.constants() if value.constant]
+    keys = {number: key for number, _, key in constants}
+    uses = Counter(keys[number] for _, _, number in _reads(graph) if number in keys)
     entries: dict[str, ConstantEntry] = {}
-    for number, value in keys.items():
-        role, key = role_of.get(number, _OTHER), value.constant.key
+    for number, value, key in constants:
+        role = role_of.get(number, _OTHER)
         if key not in entries or entries[key].role == _OTHER:
             shape, dtype = list(value.shape), _name(value.dtype)
             entries[key] = ConstantEntry(role, dtype, shape, value.nbytes, uses[key])

@@ -16,12 +16,14 @@ _ROOT = Path("/")
 class CpuLimits:
     """What a process may use: ``cores`` physical cores and ``threads`` logical CPUs, 1 and more.
 
-    ``why`` names what makes it less than the machine, or is empty.
+    ``why`` names what makes it less than the machine, or is empty. ``processes`` of one run share
+    the machine.
     """
 
     cores: int
     threads: int
     why: str = ""
+    processes: int = 1
 
 
 def cpu_limits(
@@ -56,7 +58,7 @@ def cpu_limits(
     if processes > 1:
         cores, threads = max(1, cores // processes), max(1, threads // processes)
         reasons.append(f"{processes} processes share the machine")
-    return CpuLimits(min(cores, threads), threads, ", ".join(reasons))
+    return CpuLimits(min(cores, threads), threads, ", ".join(reasons), processes)
 
 
 def _affinity() -> Iterable[int]:

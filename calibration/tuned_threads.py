@@ -26,17 +26,22 @@ def tuned_threads(
     """Run what calibrates ``model`` on ``tokens`` tokens with the best thread count for it.
 
     Enter it before observers are inserted. torch's thread count is as it was afterwards, whatever
-    happens. ``override`` is taken without a sweep; ``chunk`` tokens are one forward.
+    happens. ``override`` is taken without a sweep; ``chunk`` tokens are one forward. Processes of
+    one ``torchrun`` keep what they are set to, within their share of the machine.
 
     Raises InvalidArgumentError for an ``override`` that this process may not use, and for a model
     without linears.
     """
+    limits = cpu_limits()
     with kept_threads():
-        if override is None:
-            choice = choose_calibration_threads(model, tokens, chunk)
-        else:
-            check_threads("calibration_num_threads", override, cpu_limits())
+        if override is not None:
+            check_threads("calibration_num_threads", override, limits)
             choice = ThreadChoice(override, "given")
+        elif limits.processes > 1:
+            # Sweeps at the same time would measure each other.
+            choice = ThreadChoice(_candidates(limits)[1], f"as set: {limits.why}")
+        else:
+            choice = choose_calibration_threads(model, tokens, chunk, limits=limits)
         torch.set_num_threads(choice.threads)
         yield choice
 

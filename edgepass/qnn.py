@@ -106,8 +106,6 @@ def lower_for_qnn(
 
     texts = cut_texts(tokens, options.context)
     count, threads = sum(map(len, texts)), options.calibration_threads
-    if threads is None and calibration is not None and calibration.workers.size > 1:
-        threads = torch.get_num_threads()  # torchrun has shared out the cores
     with (
         stages.stage("calibrate"),
         tuned_threads(model, count, threads, chunk=len(texts[0])) as choice,

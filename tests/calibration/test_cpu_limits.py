@@ -68,7 +68,7 @@ def test_a_quota(tmp_path: Path, text: str, expected: CpuLimits) -> None:
 
 def test_the_processes_of_one_run_share_the_machine(tmp_path: Path) -> None:
     found = limits(machine(tmp_path, 4), range(8), LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    assert found == CpuLimits(2, 4, "2 processes share the machine")
+    assert found == CpuLimits(2, 4, "2 processes share the machine", 2)
     assert limits(tmp_path, range(8), LOCAL_WORLD_SIZE="20").threads == 1
 
 

@@ -90,6 +90,15 @@ def test_the_setting_is_no_candidate_beyond_what_is_allowed(machine) -> None:
         assert torch.get_num_threads() == 2
 
 
+def test_processes_that_share_the_machine_do_not_sweep(machine, present, monkeypatch) -> None:
+    monkeypatch.setattr(tuning.Probe, "__call__", None)
+    machine(CpuLimits(2, 2, "2 processes share the machine", 2))
+    with tuned_threads(tiny_model(), 1 << 20) as choice:
+        assert torch.get_num_threads() == choice.threads == 2
+    assert choice.why == "as set: 2 processes share the machine"
+    assert torch.get_num_threads() == present
+
+
 def test_one_thread_needs_no_sweep(machine) -> None:
     machine(CpuLimits(1, 1, "cgroup quota of 1 CPUs"))
     with tuned_threads(tiny_model(), 1 << 20) as choice:

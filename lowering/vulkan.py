@@ -8,7 +8,9 @@ operators are all taken is one delegate and nothing else.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from executorch.exir import (
     EdgeProgramManager,
     ExecutorchBackendConfig,
@@ -27,6 +29,8 @@ from edgepass.lowering.vulkan_rewrite import Rewritten, rewrite_for_vulkan
 from edgepass.ops.errors import InvalidArgumentError
 
 DTYPES = ("fp32", "fp16")
+# One operator inside a delegate. Outside, the portable kernels only have what it decomposes to.
+_LINEAR = torch.ops.aten.linear.default
 
 
 @dataclass(frozen=True)
@@ -81,17 +85,35 @@ def lower_vulkan(
     stages, half = stages or Stages(), dtype == "fp16"
     with stages.stage("rewrite"):
         rewritten = rewrite_for_vulkan(program, merge=merge_linears, half=half)
-    with stages.stage("edge"):
-        edge = _to_edge(rewritten)
-    with stages.stage("delegate"):
-        edge = edge.to_backend(EdgepassVulkanPartitioner(half=half, whole=rewritten.whole))
-        name_for_runtime(edge)
+    edge = _delegated(rewritten, half, stages, keep=(_LINEAR,))
+    if _calls_outside(edge, _LINEAR):
+        edge = _delegated(rewritten, half, stages, keep=())
     with stages.stage("emit"):
         manager = edge.to_executorch(config or ExecutorchBackendConfig())
     return VulkanProgram(manager, VulkanFacts(rewritten.fused, rewritten.declined))
 
 
-def _to_edge(rewritten: Rewritten) -> EdgeProgramManager:
+def _delegated(
+    rewritten: Rewritten, half: bool, stages: Stages, keep: tuple[Any, ...]
+) -> EdgeProgramManager:
+    """In the edge dialect, with its delegates; operators of ``keep`` are not decomposed."""
+    with stages.stage("edge"):
+        edge = _to_edge(rewritten, keep)
+    with stages.stage("delegate"):
+        edge = edge.to_backend(EdgepassVulkanPartitioner(half=half, whole=rewritten.whole))
+        name_for_runtime(edge)
+    return edge
+
+
+def _to_edge(rewritten: Rewritten, keep: tuple[Any, ...]) -> EdgeProgramManager:
     if rewritten.whole:
         return EdgeProgramManager(to_edge_directly(rewritten.program), compile_config=edge_config())
-    return to_edge(rewritten.program, compile_config=edge_config())
+    config = edge_config()
+    config.preserve_ops = list(keep)
+    return to_edge(rewritten.program, compile_config=config)
+
+
+def _calls_outside(edge: EdgeProgramManager, operator: Any) -> bool:
+    """Tell whether a call of ``operator`` was left outside the delegates."""
+    graph = edge.exported_program().graph
+    return any(getattr(node.target, "_op", None) is operator for node in graph.nodes)

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from edgepass.lowering.vulkan_declined import Declined, Refused
 from edgepass.lowering.vulkan_graph import GraphEditor
+from edgepass.lowering.vulkan_legality import ATTENTION, ROTARY, require
 from edgepass.passes.positions import PositionAnalysis, PositionFunction, positions_reason
 from edgepass.passes.rule import Refusal
 from edgepass.passes.targets import argument, is_call
@@ -82,19 +83,19 @@ class AttentionLowering:
     def _check(self, node: Node, keys: _Cache, values: _Cache) -> None:
         q, cache = argument(node, "q").meta["val"], keys.buffer.meta["val"]
         window, rows = argument(node, "window"), cache.shape[2]
-        softcap = argument(node, "softcap")
-        if q.shape[0] != 1:
-            raise Refused(f"batch {q.shape[0]}: the runtime's attention takes one sequence")
-        if q.shape[3] % 4:
-            raise Refused(f"head size {q.shape[3]} is not a multiple of 4")
-        if 0 < window < rows:
-            raise Refused(f"window {window} of {rows} cache rows: the runtime attends to all")
-        if softcap:
-            raise Refused(f"scores are capped at {softcap:g}: the runtime's attention has no cap")
-        if keys.buffer is values.buffer:
-            raise Refused(f"keys and values share the cache {keys.buffer.name}")
-        if not self.editor.is_user_input(argument(node, "input_pos")):
-            raise Refused("the position is not an input of the program")
+        facts = {
+            "batch": q.shape[0],
+            "channels of a head": q.shape[3],
+            "window": f"{window} of {rows} rows" if 0 < window < rows else "none",
+            "cap of the scores": argument(node, "softcap") or "none",
+            "caches": len({keys.buffer, values.buffer}),
+            "position": self._source(argument(node, "input_pos")),
+        }
+        require(ATTENTION, facts)
+
+    def _source(self, position: Node) -> str:
+        """What the legality table calls the source of a position."""
+        return "an input of the program" if self.editor.is_user_input(position) else "computed"
 
     def _cache(self, node: Node, name: str) -> _Cache:
         """Find the buffer and its one update behind an argument of attention."""
@@ -110,8 +111,7 @@ class AttentionLowering:
         if dim % 4 != 2:
             raise Refused(f"the cache is written along dimension {dim}, not along its rows")
         self._check_index(index, argument(node, "input_pos"), content.shape[2])
-        if content.any():
-            raise Refused(f"the cache {buffer.name} does not start as zeros")
+        require(ATTENTION, {"cache content": "other values" if content.any() else "zeros"})
         return _Cache(buffer, update, rows)
 
     def _check_index(self, index: Node, input_pos: Node, rows: int) -> None:
@@ -166,16 +166,16 @@ class AttentionLowering:
         """Return the tables of a rotation and the position at which it takes their rows."""
         cos, sin = (self._rows(argument(node, name)) for name in ("cos", "sin"))
         x, width = argument(node, "x").meta["val"], cos.meta["val"].shape[-1]
-        if argument(node, "interleaved"):
-            raise Refused("interleaved pairs: the runtime rotates halves at a position")
-        if x.shape[0] != 1:
-            raise Refused(f"batch {x.shape[0]}: the runtime rotates one sequence")
-        if width % 8 or x.shape[3] % 4:
-            raise Refused(f"rotated channels {width} of {x.shape[3]}: not multiples of 8 and 4")
         if cos.args[1] is not sin.args[1]:
             raise Refused("cosine and sine are taken at two positions")
-        if not self.editor.is_user_input(cos.args[1]):
-            raise Refused("the position is not an input of the program")
+        facts = {
+            "pairs": "neighbours" if argument(node, "interleaved") else "halves",
+            "batch": x.shape[0],
+            "channels of a head": x.shape[3],
+            "rotated channels": width,
+            "position": self._source(cos.args[1]),
+        }
+        require(ROTARY, facts)
         return cos.args[0], sin.args[0], cos.args[1]
 
     def _rows(self, angles: Any) -> Node:

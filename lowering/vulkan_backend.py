@@ -66,6 +66,7 @@ _FINAL = frozenset(
         _edge.aten.tanh.default,
         _edge.aten.relu.default,
         _edge.aten.gelu.default,
+        _edge.aten.neg.default,
         _edge.aten.add.Tensor,
         _edge.aten.sub.Tensor,
         _edge.aten.mul.Tensor,

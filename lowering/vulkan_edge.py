@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from edgepass.lowering import vulkan_kernels  # noqa: F401  (defines the runtime's operators)
 from edgepass.lowering.edge_forms import BINARY, RENAMED, edge_program, joins_one_dtype
+from edgepass.lowering.vulkan_legality import GELU, accepted
 from edgepass.lowering.vulkan_plain import is_outside
 from edgepass.passes.program import WorkingProgram
 from edgepass.passes.targets import argument
@@ -29,6 +30,7 @@ _aten, _edge = torch.ops.aten, exir_ops.edge
 _RENAMED: dict[Any, Any] = {
     **RENAMED,
     _aten.constant_pad_nd.default: _edge.aten.constant_pad_nd.default,
+    _aten.neg.default: _edge.aten.neg.default,
     torch.ops.et_vk.select_as_symint.default: _edge.et_vk.select_as_symint.default,
     torch.ops.et_vk.embedding_q4gsw.default: _edge.et_vk.embedding_q4gsw.default,
     torch.ops.et_vk.linear_q4gsw.default: _edge.et_vk.linear_q4gsw.default,
@@ -73,8 +75,7 @@ def _is_direct(node: Node) -> bool:
     if node.target in BINARY:
         return joins_one_dtype(node)
     if node.target is _aten.gelu.default:
-        # Stock takes `approximate="none"` too, and the runtime then computes the tanh form.
-        return argument(node, "approximate") == "tanh"
+        return accepted(GELU, "approximate").holds(argument(node, "approximate"))
     if node.target in _FORMS or node.target in _KEPT:
         return True
     return (node.target in _RENAMED or node.target in _WEIGHTED) and not node.kwargs

@@ -13,7 +13,7 @@ from torch.fx import Node
 from edgepass.lowering.vulkan_declined import Refused
 from edgepass.lowering.vulkan_graph import GraphEditor
 from edgepass.lowering.vulkan_legal_groups import GroupPlan
-from edgepass.lowering.vulkan_legality import DYNAMIC, accepted
+from edgepass.lowering.vulkan_legality import DYNAMIC, VIEW, accepted
 from edgepass.ops.quantize import VULKAN_SCALE_FLOOR
 from edgepass.passes.targets import argument, is_call
 
@@ -35,8 +35,9 @@ def check_flattening(x: Node) -> None:
     shape = list(x.meta["val"].shape)
     if not isinstance(shape[-1], int):
         raise Refused(f"its input features are dynamic: {shape}")
-    if sum(not isinstance(size, int) for size in shape) > 1:
-        raise Refused(f"an activation {shape} with two dynamic sizes: a view infers only one")
+    dynamic = sum(not isinstance(size, int) for size in shape)
+    if not accepted(VIEW, "dynamic sizes").holds(dynamic):
+        raise Refused(f"an activation {shape} with {dynamic} dynamic sizes: a view infers one")
 
 
 def lift_exponent(floor: float | None, dtype: torch.dtype) -> int:

@@ -52,6 +52,19 @@ class Multiple:
 
 
 @dataclass(frozen=True)
+class NotOneOf:
+    """The value is none of ``values``."""
+
+    values: tuple[Any, ...]
+
+    def holds(self, value: Any) -> bool:
+        return value not in self.values
+
+    def __str__(self) -> str:
+        return "other than " + " or ".join(map(str, self.values))
+
+
+@dataclass(frozen=True)
 class Untested:
     """What the lowering cannot see, as the values of an input: a limit for the user to know."""
 
@@ -64,7 +77,7 @@ class Untested:
         return self.text
 
 
-Condition = OneOf | Multiple | Untested
+Condition = OneOf | Multiple | NotOneOf | Untested
 
 
 @dataclass(frozen=True)
@@ -86,10 +99,13 @@ CHOOSE, EMBEDDING = "torchao.choose_qparams_affine", "et_vk.embedding_q4gsw"
 NORM, ROTARY = "et_vk.rms_norm", "et_vk.apply_rotary_emb_hf"
 ATTENTION, VIEW, SPLIT = "llama.sdpa_with_kv_cache", "aten.view_copy", "aten.split_with_sizes_copy"
 GELU, SQUEEZE = "aten.gelu", "aten.squeeze_copy"
+LINEAR_OF_FLOATS, EMBEDDING_OF_FLOATS = "aten.linear", "aten.embedding"
 
 _PARAMETERS = "the runtime packs weights when it loads, so they must be constants"
 _DTYPES = "the shader reads the scales in the output's dtype: other scales are misread, 0 dB"
 _FLOATS = OneOf(("float32", "float16"))
+_INPUT = "an input of the program"
+_NULL = "it is read on the device: a number that enters a delegate is serialised as null"
 
 TABLE: tuple[Row, ...] = (
     _row(DYNAMIC, "parameters", OneOf(("constant",)), _PARAMETERS),
@@ -158,13 +174,20 @@ TABLE: tuple[Row, ...] = (
     _row(EMBEDDING, "ids", Untested("0 to V - 1"), "no bounds are checked"),
     _row(NORM, "weight", OneOf(("constant",)), _PARAMETERS),
     _row(NORM, "rank", OneOf((2, 3, 4)), "results of other ranks were not tried"),
+    _row(ROTARY, "pairs", OneOf(("halves",)), "neighbours turn in another operator"),
     _row(ROTARY, "batch", OneOf((1,)), "one sequence is rotated"),
     _row(ROTARY, "channels of a head", Multiple(4), "channels are read 4 at a time"),
     _row(ROTARY, "rotated channels", Multiple(8), "halves are read 4 channels at a time"),
+    _row(ROTARY, "position", OneOf((_INPUT,)), _NULL),
     _row(ATTENTION, "batch", OneOf((1,)), "one sequence is attended to"),
     _row(ATTENTION, "channels of a head", Multiple(4), "channels are read 4 at a time"),
+    _row(ATTENTION, "window", OneOf(("none",)), "all rows of the cache are attended to"),
+    _row(ATTENTION, "cap of the scores", OneOf(("none",)), "scores are not capped"),
+    _row(ATTENTION, "caches", OneOf((2,)), "keys and values are written before they are read"),
+    _row(ATTENTION, "cache content", OneOf(("zeros",)), "the caches are the delegate's own"),
+    _row(ATTENTION, "position", OneOf((_INPUT,)), _NULL),
     _row(
-        *(ATTENTION, "position", Untested("so that position and tokens stay within the cache")),
+        *(ATTENTION, "rows", Untested("position and tokens, together, within the cache")),
         "no bounds are checked",
     ),
     _row(
@@ -175,8 +198,10 @@ TABLE: tuple[Row, ...] = (
         *(SPLIT, "dynamic sizes", OneOf((0,))),
         "outputs are never resized, garbage: aten.slice_copy takes its place",
     ),
+    _row(LINEAR_OF_FLOATS, "parameters", OneOf(("constant",)), _PARAMETERS),
+    _row(EMBEDDING_OF_FLOATS, "parameters", OneOf(("constant",)), _PARAMETERS),
     _row(GELU, "approximate", OneOf(("tanh",)), "the runtime has no other form"),
-    _row(SQUEEZE, "dimensions", Untested("other than 0"), "the first is not resized"),
+    _row(SQUEEZE, "dimension", NotOneOf((0,)), "the first is not resized"),
 )
 
 

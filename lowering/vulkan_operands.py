@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from edgepass.lowering.vulkan_declined import Refused
 from edgepass.lowering.vulkan_graph import GraphEditor
+from edgepass.lowering.vulkan_legality import DYNAMIC, require
 from edgepass.ops.quantize import VULKAN_SCALE_FLOOR
 from edgepass.passes.targets import argument, is_call, is_getitem
 
@@ -99,8 +100,7 @@ def _activation(node: Node) -> tuple[Node, float | None]:
 
 def _check_dtypes(x: Node, scales: Node, floor: float | None) -> None:
     found = x.meta["val"].dtype, scales.meta["val"].dtype
-    if found[0] not in (torch.float32, torch.float16):
-        raise Refused(f"an activation of {name_of(found[0])}: float32 and float16 are taken")
+    require(DYNAMIC, {"activation dtype": name_of(found[0])})
     if found == (torch.float16, torch.float32) and floor is not None:
         raise Refused("a float16 activation is quantized for a float32 linear: in other steps")
 

@@ -25,6 +25,14 @@ from torch.fx import Node
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 
 from edgepass.lowering.vulkan_backend import EdgepassVulkanBackend
+from edgepass.lowering.vulkan_legality import (
+    EMBEDDING_OF_FLOATS,
+    GELU,
+    LINEAR_OF_FLOATS,
+    SPLIT,
+    SQUEEZE,
+    accepted,
+)
 from edgepass.lowering.vulkan_operators import has_operator
 from edgepass.lowering.vulkan_plain import is_outside
 
@@ -38,6 +46,9 @@ _ACCEPTED = frozenset(
         _edge.et_vk.linear_dq8ca_q4gsw.default,
     }
 )
+
+_PRODUCTS = (_edge.aten.mm.default, _edge.aten.addmm.default)
+_TRANSPOSES = (_edge.aten.permute_copy.default, _edge.aten.t_copy.default)
 
 
 class EdgepassVulkanPartitioner(Partitioner):
@@ -59,8 +70,14 @@ class EdgepassVulkanPartitioner(Partitioner):
 class RightOnVulkan(VulkanSupportedOperators):
     """Stock's table of supported operators, less what the runtime then computes wrong."""
 
-    def __init__(self, *, symbols: bool, partitioner: VulkanPartitioner | None = None) -> None:
-        """``symbols`` allows sizes to be computed inside a delegate.
+    def __init__(
+        self,
+        program: ExportedProgram,
+        *,
+        symbols: bool,
+        partitioner: VulkanPartitioner | None = None,
+    ) -> None:
+        """``symbols`` allows sizes to be computed inside a delegate of ``program``.
 
         ``partitioner`` is a stock one whose lists and limits apply too.
         """
@@ -78,16 +95,45 @@ class RightOnVulkan(VulkanSupportedOperators):
             nn_module_allowlist=getattr(partitioner, "nn_module_allowlist", None),
         )
         self.symbols = symbols
+        self.constants = _constants(program)
 
     def is_node_supported(self, submodules: Mapping[str, Any], node: Node) -> bool:
         """Tell whether a delegate may hold ``node``."""
         if node.op != "call_function" or not has_operator(_operator(node)):
             return False
-        if is_outside(node) or _is_wrong(node):
+        if is_outside(node) or _is_wrong(node) or self._computes_parameters(node):
             return False
         if _has_symbols(node) and not self.symbols:
             return False
         return node.target in _ACCEPTED or super().is_node_supported(submodules, node)
+
+    def _computes_parameters(self, node: Node) -> bool:
+        """Tell whether what the runtime packs at load is computed; stock does not ask."""
+        operator, packed = _packed(node)
+        names = [each.name for each in packed if isinstance(each, Node)]
+        kinds = ["constant" if name in self.constants else "computed" for name in names]
+        return not all(accepted(operator, "parameters").holds(kind) for kind in kinds)
+
+
+def _packed(node: Node) -> tuple[str, list[Any]]:
+    """The operator that the runtime will see in a call, and what it packs at load."""
+    if node.target == _edge.aten.embedding.default:
+        return EMBEDDING_OF_FLOATS, [node.args[0]]
+    if node.target == _edge.aten.linear.default:
+        return LINEAR_OF_FLOATS, list(node.args[1:])
+    if node.target in _PRODUCTS and node.args[-1].target in _TRANSPOSES:
+        # Stock makes a linear of it when it writes the delegate.
+        return LINEAR_OF_FLOATS, [node.args[-1].args[0], *node.args[:-2]]
+    return LINEAR_OF_FLOATS, []
+
+
+def _constants(program: ExportedProgram) -> frozenset[str]:
+    """The names of the inputs of a graph whose content never changes."""
+    signature = program.graph_signature
+    mutated = set(signature.buffers_to_mutate.values())
+    buffers = {name for name, to in signature.inputs_to_buffers.items() if to not in mutated}
+    others = (*signature.inputs_to_parameters, *signature.inputs_to_lifted_tensor_constants)
+    return frozenset(buffers.union(others))
 
 
 def _operator(node: Node) -> str:
@@ -121,11 +167,11 @@ def _calls(program: ExportedProgram) -> list[Node]:
 def _partitions(
     program: ExportedProgram, stock: VulkanPartitioner | None = None
 ) -> list[list[Node]]:
-    groups = _propose(program, RightOnVulkan(symbols=True, partitioner=stock))
+    groups = _propose(program, RightOnVulkan(program, symbols=True, partitioner=stock))
     if not any(map(_leaks_symbol, groups)):
         return groups
     # Between delegates a SymInt is serialised as null, without a word.
-    return _propose(program, RightOnVulkan(symbols=False, partitioner=stock))
+    return _propose(program, RightOnVulkan(program, symbols=False, partitioner=stock))
 
 
 def _propose(program: ExportedProgram, right: RightOnVulkan) -> list[list[Node]]:
@@ -154,15 +200,17 @@ def _is_symbol(node: Node) -> bool:
 
 
 def _is_wrong(node: Node) -> bool:
+    """Tell whether the runtime computes a call wrong that stock's table takes."""
     value = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], Node) else None
     if node.target == _edge.aten.gelu.default:
-        return node.kwargs.get("approximate", "none") != "tanh"  # the runtime only has this form
+        form = node.kwargs.get("approximate", "none")
+        return not accepted(GELU, "approximate").holds(form)
     if node.target == _edge.aten.squeeze_copy.dims:
-        return value is None or 0 in [dim % value.dim() for dim in node.args[1]]
-    # Splits keep their largest sizes whatever the token count is.
-    is_split = node.target == _edge.aten.split_with_sizes_copy.default
-    return is_split and isinstance(value, Tensor) and _is_dynamic(value)
-
-
-def _is_dynamic(value: Tensor) -> bool:
-    return not all(isinstance(size, int) for size in value.shape)
+        if value is None:
+            return True
+        dimensions = [dim % value.dim() for dim in node.args[1]]
+        return not all(map(accepted(SQUEEZE, "dimension").holds, dimensions))
+    if node.target == _edge.aten.split_with_sizes_copy.default and isinstance(value, Tensor):
+        dynamic = sum(not isinstance(size, int) for size in value.shape)
+        return not accepted(SPLIT, "dynamic sizes").holds(dynamic)
+    return False

@@ -13,6 +13,7 @@ from edgepass.lowering.vulkan_bfloat16 import widen_bfloat16
 from edgepass.lowering.vulkan_declined import Declined, Fused, Refused
 from edgepass.lowering.vulkan_edge import has_direct_form
 from edgepass.lowering.vulkan_graph import GraphEditor
+from edgepass.lowering.vulkan_legality import NORM, require
 from edgepass.lowering.vulkan_linear import LinearLowering
 from edgepass.lowering.vulkan_plain import rewrite_plainly
 from edgepass.lowering.vulkan_shapes import settle_shapes
@@ -82,10 +83,8 @@ def _rewrite_norms(editor: GraphEditor) -> list[Declined]:
 
 
 def _check_norm(editor: GraphEditor, x: Node, weight: Node) -> None:
-    if editor.constant(weight) is None:
-        raise Refused("its weight is not a constant")
-    if not 2 <= x.meta["val"].dim() <= 4:
-        raise Refused(f"an input of rank {x.meta['val'].dim()}: 2 to 4 are taken")
+    constant = editor.constant(weight) is not None
+    require(NORM, {"weight": "constant" if constant else "computed", "rank": x.meta["val"].dim()})
 
 
 def _separate_positions(editor: GraphEditor) -> None:

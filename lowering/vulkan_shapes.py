@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from edgepass.lowering.vulkan_graph import GraphEditor
+from edgepass.lowering.vulkan_legality import VIEW, accepted
 from edgepass.lowering.vulkan_plain import is_outside
 from edgepass.passes.cancel_views import reads_bits
 from edgepass.passes.targets import argument, is_call, is_getitem
@@ -38,7 +39,7 @@ def settle_shapes(editor: GraphEditor) -> None:
 def _infer_dynamic_size(node: Node) -> None:
     """Let the one dynamic size of a view be inferred, so that no symbol has to be passed."""
     sizes = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-    if sizes.count(-1) <= 1 and 0 not in sizes:
+    if accepted(VIEW, "dynamic sizes").holds(sizes.count(-1)) and 0 not in sizes:
         if not is_call(node, "aten.view"):
             node.target = _aten.reshape.default
         node.args, node.kwargs = (node.args[0], sizes), {}

@@ -20,30 +20,30 @@ from edgepass.simulator.plan import References
 from edgepass.simulator.slots import Slots
 
 _ATEN = """
-_log_softmax.out _softmax.out _to_copy.out abs.out acos.out add.out add.Scalar_out addmm.out
-alias_copy.out amax.out amin.out any.all_out any.dims_out any.out arange.out arange.start_out
-argmax.out argmin.out asin.out atan.out atan2.out bitwise_and.Scalar_out bitwise_and.Tensor_out
-bitwise_not.out bitwise_or.Scalar_out bitwise_or.Tensor_out bitwise_xor.Scalar_out
-bitwise_xor.Tensor_out bmm.out cat.out ceil.out clamp.out clamp.Tensor_out clone.out
-constant_pad_nd.out copy.out copy_ cos.out cosh.out cumsum.out detach_copy.out div.out
-div.Scalar_mode_out div.Scalar_out div.out_mode embedding.out empty.out eq.Scalar_out
-eq.Tensor_out elu.out erf.out exp.out expand_copy.out expm1.out fill.Scalar_out fill.Tensor_out
-flip.out floor.out floor_divide.out fmod.Tensor_out fmod.Scalar_out full.out full_like.out
-gather.out ge.Scalar_out ge.Tensor_out gelu.out glu.out gt.Scalar_out gt.Tensor_out hardtanh.out
-index.Tensor_out index_copy.out index_put.out index_put_ index_select.out isinf.out isnan.out
-le.Scalar_out le.Tensor_out leaky_relu.out lift_fresh_copy.out log.out log10.out log1p.out
-log2.out logical_and.out logical_not.out logical_or.out logical_xor.out lt.Scalar_out
-lt.Tensor_out masked_fill.Scalar_out max.dim_max max.unary_out maximum.out mean.out min.dim_min
-min.unary_out minimum.out mm.out mul.out mul.Scalar_out narrow_copy.out native_group_norm.out
-native_layer_norm.out ne.Scalar_out ne.Tensor_out neg.out ones.out permute_copy.out
-pow.Scalar_out pow.Tensor_Scalar_out pow.Tensor_Tensor_out prod.int_out prod.out reciprocal.out
-relu.out remainder.Tensor_out remainder.Scalar_out repeat.out roll.out round.out rsqrt.out
-rsub.Scalar_out scalar_tensor.out scatter.src_out scatter.value_out scatter_add.out
-select_copy.int_out select_scatter.out sigmoid.out sign.out sin.out sinh.out slice_copy.Tensor_out
-slice_scatter.out split_copy.Tensor_out split_with_sizes_copy.out sqrt.out squeeze_copy.dim_out
-squeeze_copy.dims_out stack.out sub.out sub.Scalar_out sum.IntList_out t_copy.out tan.out tanh.out
-topk.values transpose_copy.int_out tril.out trunc.out unbind_copy.int_out unsqueeze_copy.out
-var.correction_out var.out view_copy.out where.self_out zeros.out
+_log_softmax.out _softmax.out _to_copy.out abs.out acos.out acosh.out add.out add.Scalar_out
+addmm.out alias_copy.out amax.out amin.out any.all_out any.dims_out any.out arange.out
+arange.start_out argmax.out argmin.out asin.out asinh.out atan.out atan2.out atanh.out
+bitwise_and.Scalar_out bitwise_and.Tensor_out bitwise_not.out bitwise_or.Scalar_out
+bitwise_or.Tensor_out bitwise_xor.Scalar_out bitwise_xor.Tensor_out bmm.out cat.out ceil.out
+clamp.out clamp.Tensor_out clone.out constant_pad_nd.out copy.out copy_ cos.out cosh.out cumsum.out
+detach_copy.out div.out div.Scalar_mode_out div.Scalar_out div.out_mode embedding.out empty.out
+eq.Scalar_out eq.Tensor_out elu.out erf.out exp.out expand_copy.out expm1.out fill.Scalar_out
+fill.Tensor_out flip.out floor.out floor_divide.out fmod.Tensor_out fmod.Scalar_out full.out
+full_like.out gather.out ge.Scalar_out ge.Tensor_out gelu.out glu.out gt.Scalar_out gt.Tensor_out
+hardtanh.out index.Tensor_out index_copy.out index_put.out index_put_ index_select.out isinf.out
+isnan.out le.Scalar_out le.Tensor_out leaky_relu.out lift_fresh_copy.out log.out log10.out log1p.out
+log2.out logical_and.out logical_not.out logical_or.out logical_xor.out lt.Scalar_out lt.Tensor_out
+masked_fill.Scalar_out max.dim_max max.unary_out maximum.out mean.out min.dim_min min.unary_out
+minimum.out mm.out mul.out mul.Scalar_out narrow_copy.out native_group_norm.out
+native_layer_norm.out ne.Scalar_out ne.Tensor_out neg.out ones.out permute_copy.out pow.Scalar_out
+pow.Tensor_Scalar_out pow.Tensor_Tensor_out prod.int_out prod.out reciprocal.out relu.out
+remainder.Tensor_out remainder.Scalar_out repeat.out roll.out round.out rsqrt.out rsub.Scalar_out
+scalar_tensor.out scatter.src_out scatter.value_out scatter_add.out select_copy.int_out
+select_scatter.out sigmoid.out sign.out sin.out sinh.out slice_copy.Tensor_out slice_scatter.out
+split_copy.Tensor_out split_with_sizes_copy.out sqrt.out squeeze_copy.dim_out squeeze_copy.dims_out
+stack.out sub.out sub.Scalar_out sum.IntList_out t_copy.out tan.out tanh.out topk.values
+transpose_copy.int_out tril.out trunc.out unbind_copy.int_out unsqueeze_copy.out var.correction_out
+var.out view_copy.out where.self_out zeros.out
 """
 _KNOWN_ATEN = frozenset(name if "." in name else name + ".default" for name in _ATEN.split())
 

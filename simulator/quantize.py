@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from edgepass.ops.quantize import VULKAN_SCALE_FLOOR
+from edgepass.simulator.graph import Several
 from edgepass.simulator.registry import Kernel, Site, prepared
 
 # `1 / scale` is infinite below this: such a row is taken for zeros, with a scale of 0.1.
 _LEAST_INVERTIBLE = 1.0 / torch.finfo(torch.float32).max
 _SCALE_OF_ZEROS = 0.1
+_LINEAR = "et_vk.linear_dq8ca_q4gsw.default"
 
 
 @prepared("torchao.choose_qparams_affine.default")
@@ -26,14 +28,31 @@ def choose_qparams_affine(site: Site) -> Kernel:
     if block != [1] * (len(x.shape) - 1) + [x.shape[-1]]:
         raise site.error(f"block_size={block}; the runtime takes one block a token")
     low, high = _bounds(site, 4, 5)
-    tokens = [len(value.shape) for value in site.results()]
+    shape = [1] * (len(site.results()[0].shape) - 1) + [-1]
+    unread = torch.zeros([*shape[:-1], 1]) if _are_for_linears(site) else None
 
     def kernel(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        scale, zero = choose_qparams(x.reshape(-1, x.shape[-1]), low, high)
-        shape = [1] * (tokens[0] - 1) + [-1]
+        rows = x.reshape(-1, x.shape[-1])
+        if unread is not None and rows.shape[0] == 1:
+            return unread, unread
+        scale, zero = choose_qparams(rows, low, high)
         return scale.view(shape), zero.view(shape)
 
     return kernel
+
+
+def _are_for_linears(site: Site) -> bool:
+    """Tell whether only quantized linears read the encodings: of one token, they do not."""
+    results = site.graph.values[site.call.result]
+    numbers = set(results.ids) if isinstance(results, Several) else {site.call.result}
+    readers = {
+        (call.name, place)
+        for call in site.graph.calls
+        for place, number in enumerate(call.arguments)
+        if number in numbers
+    }
+    of_linears = {(_LINEAR, 1), (_LINEAR, 2)}
+    return readers <= of_linears and not numbers & set(site.graph.outputs)
 
 
 def _bounds(site: Site, low: int, high: int) -> tuple[int, int]:

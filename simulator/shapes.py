@@ -41,8 +41,7 @@ def select(x: Tensor, dim: int, index: int | None) -> Tensor:
 def slice_copy(
     x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Tensor:
-    places = range(x.shape[dim])[start:end:step]
-    return x.index_select(dim, torch.arange(places.start, places.stop, places.step))
+    return torch.slice_copy(x, dim, start, end, step)
 
 
 @operator("aten.clone.default", "aten._to_copy.default", "dim_order_ops._to_dim_order_copy.default")

@@ -156,7 +156,7 @@ def test_a_window_shorter_than_the_cache_is_declined() -> None:
     decoder.layers[0].window = 8
     rewritten = rewrite(decoder)
     assert reasons(rewritten, "edgepass.cached_attention") == [
-        "window 8 of 32 cache rows: the runtime attends to all"
+        "window 8 of 32 rows: accepted are none (all rows of the cache are attended to)"
     ]
     assert not rewritten.whole
     assert agreement_db(decoder, (5, 1, 7, 1, 9)) > 110
@@ -172,14 +172,15 @@ def test_a_cache_with_content_is_declined() -> None:
     decoder = Decoder()
     decoder.v_cache_0[0, 0, 3, 1] = 1.0
     assert reasons(rewrite(decoder), "edgepass.cached_attention") == [
-        "the cache b_v_cache_0 does not start as zeros"
+        "cache content other values: accepted are zeros (the caches are the delegate's own)"
     ]
 
 
 def test_interleaved_pairs_are_declined_and_computed_plainly() -> None:
     decoder = with_layer(Interleaved)
     found = reasons(rewrite(decoder), "edgepass.rotary")
-    assert found == ["interleaved pairs: the runtime rotates halves at a position"] * 2
+    wanted = "pairs neighbours: accepted are halves (neighbours turn in another operator)"
+    assert found == [wanted] * 2
     assert agreement_db(decoder) > 110
 
 
@@ -205,7 +206,7 @@ def test_capped_scores_are_declined_and_stay_the_same() -> None:
 
     decoder = with_layer(Capped)
     found = reasons(rewrite(decoder), "edgepass.cached_attention")
-    assert found == ["scores are capped at 0.05: the runtime's attention has no cap"]
+    assert found == ["cap of the scores 0.05: accepted are none (scores are not capped)"]
     assert agreement_db(decoder) > 110
     uncapped = EagerRun(export_decoder(Decoder()))
     ids, start = torch.arange(5)[None], torch.tensor([0])

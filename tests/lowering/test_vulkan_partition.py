@@ -1,10 +1,13 @@
 """What a mixed program keeps outside its Vulkan delegates, and what comes between them."""
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import export
 
 from edgepass.lowering import report
 from edgepass.lowering.vulkan import VulkanProgram, lower_vulkan
+from edgepass.simulator.simulate import simulate
 from tests.lowering.vulkan_files import delegates
 from tests.lowering.vulkan_programs import (
     Decoder,
@@ -14,6 +17,7 @@ from tests.lowering.vulkan_programs import (
     export_decoder,
     export_tokens,
     fused,
+    sqnr_db,
 )
 
 
@@ -83,3 +87,43 @@ def test_a_cache_of_declined_attention_stays_outside() -> None:
     lowered = lower_vulkan(export_decoder(decoder))
     assert outside(lowered)["aten::index_put"] == 2
     assert not any("sdpa" in name for each in delegates(lowered.buffer) for name in each.operators)
+
+
+class Computed(nn.Module):
+    """A float linear of a constant weight, and one whose weight is given."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.linear, self.spelling = nn.Linear(8, 12), spelling
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = torch.asinh(self.linear(x))
+        if self.spelling == "linear":
+            return nn.functional.linear(y, weight, bias)
+        return torch.addmm(bias, y, weight.t()) if self.spelling == "addmm" else y @ weight.t()
+
+
+@pytest.mark.parametrize("spelling", ["linear", "addmm", "mm"])
+def test_a_linear_of_a_computed_weight_is_decomposed_outside(spelling: str) -> None:
+    module = Computed(spelling).eval()
+    inputs = torch.randn(3, 8), torch.randn(16, 12), torch.randn(16)
+    with torch.no_grad():
+        lowered = lower_vulkan(export(module, inputs))
+        wanted = module(*inputs)
+    product = "aten::mm" if spelling == "mm" else "aten::addmm"
+    assert outside(lowered) == {"aten::asinh": 1, product: 1}
+    (got,) = simulate(lowered.buffer, inputs)
+    assert sqnr_db(got, wanted) > 120
+
+
+def test_a_linear_beside_what_stays_outside_is_one_operator() -> None:
+    module = Computed("linear").linear
+    with torch.no_grad():
+        program = export(nn.Sequential(module, Asinh()), (torch.randn(3, 8),))
+    (delegate,) = delegates(lower_vulkan(program).buffer)
+    assert delegate.operators == ["aten.linear.default"]
+
+
+class Asinh(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.asinh(x)

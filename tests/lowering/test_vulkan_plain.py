@@ -1,5 +1,6 @@
 """Plain aten forms against the operators that they stand for."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,12 +67,17 @@ def test_position_rows_are_the_same(start: int, length: int) -> None:
 
 
 @given(st.integers(0, 6), st.integers(1, 6), st.integers(0, 5), st.sampled_from([1, 2, 4]))
-def test_attention_has_the_same_values(start: int, tokens: int, window: int, kv: int) -> None:
+@settings(max_examples=10)
+@pytest.mark.parametrize("cap", [0.0, 0.5])
+def test_attention_has_the_same_values(
+    cap: float, start: int, tokens: int, window: int, kv: int
+) -> None:
     q = torch.randn(1, 4, tokens, 8)
     keys, values = torch.randn(1, kv, 12, 8), torch.randn(1, kv, 12, 8)
     position = torch.tensor([start])
-    wanted = fused.cached_attention(q, keys, values, position, 0.3, window)
-    assert sqnr_db(plain.cached_attention(0.3, window, q, keys, values, position), wanted) > 110
+    wanted = fused.cached_attention(q, keys, values, position, 0.3, window, cap)
+    got = plain.cached_attention(0.3, window, cap, q, keys, values, position)
+    assert sqnr_db(got, wanted) > 110
 
 
 def test_a_mark_keeps_what_was_noted_before() -> None:

@@ -75,3 +75,12 @@ def test_encodings_have_the_shape_that_the_program_says() -> None:
     delegate = one_call("torchao.choose_qparams_affine.default", arguments, *results)
     scale, zero = delegate.run([torch.randn(1, 5, 8)])
     assert (scale.shape, zero.shape, zero.dtype) == ((1, 5), (1, 5), torch.int8)
+
+
+def test_encodings_of_one_token_are_chosen_where_they_can_be_seen() -> None:
+    arguments = [activation(9, 8), "ASYMMETRIC", [1, 8], None, -128, 127, None, None, None]
+    results = activation(9), activation(9, dtype=torch.int8)
+    delegate = one_call("torchao.choose_qparams_affine.default", arguments, *results)
+    row = torch.tensor([[0.0, 255.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    scale, zero = delegate.run([row])
+    assert (scale.tolist(), zero.tolist()) == ([1.0], [-128])

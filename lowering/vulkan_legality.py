@@ -40,7 +40,7 @@ class Multiple:
     most: int | None = None
     others: tuple[int, ...] = ()
 
-    def holds(self, value: int) -> bool:
+    def holds(self, value: Any) -> bool:
         if value in self.others:
             return True
         return value % self.step == 0 and value > 0 and (self.most is None or value <= self.most)

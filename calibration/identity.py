@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from importlib.metadata import version
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from edgepass.passes.quantized_values import attribute
 
@@ -53,17 +54,27 @@ def _bytes(name: str, value: Tensor) -> Iterable[bytes | memoryview]:
 
 def _structure(prepared: GraphModule) -> Iterable[bytes]:
     for node in prepared.graph.nodes:
-        yield f"{node.name} {node.op} {node.target} {node.args} {node.kwargs}\n".encode()
+        yield f"{node.name} {node.op} {_name(node)} {node.args} {node.kwargs}\n".encode()
         if node.op == "call_module":
             observer = prepared.get_submodule(str(node.target))
             yield f"{type(observer).__qualname__} {_settings(observer)}\n".encode()
 
 
+def _name(node: Node) -> str:
+    """What a node calls; a Python function's own text has its address, which no two runs share."""
+    target: Any = node.target
+    if isinstance(target, (FunctionType, BuiltinFunctionType)):
+        return f"{target.__module__}.{target.__qualname__}"
+    return str(target)
+
+
 def _settings(observer: Any) -> dict[str, str]:
-    """The plain attributes of an observer; what it has seen is in its tensors."""
+    """The plain attributes of an observer, and its least scale; what it has seen are tensors."""
     plain = (bool, int, float, str, tuple, torch.dtype, torch.qscheme)
-    return {
+    settings = {
         name: repr(value)
         for name, value in sorted(vars(observer).items())
         if isinstance(value, plain) and not name.startswith("_")
     }
+    eps = getattr(observer, "eps", None)
+    return settings | {"eps": repr(eps.tolist() if isinstance(eps, Tensor) else eps)}

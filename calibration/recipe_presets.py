@@ -47,7 +47,10 @@ _UNTRAINED = (
     _qnn("fp16a8w", None, 8, kv_bits=None),
 )
 # The stock quantizer has no training for the others (tests/lowering/test_qnn_qat.py).
-_TRAINABLE = ("8da4w", "8da8w", "4w", "8w", "8a8w", "16a4w")
+_TRAINABLE = (
+    *("8da4w", "8da8w", "4w", "8w"),
+    *("8a8w", "16a8w", "16a4w", "16a4w_block", "fp16a8w"),
+)
 PRESETS = {
     recipe.name: recipe
     for recipe in (

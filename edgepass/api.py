@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from edgepass.calibration.recipe import Recipe
 from edgepass.calibration.recipe_file import AnyRecipe
 from edgepass.calibration.recipe_modules import plan_modules
-from edgepass.calibration.recipes import find_recipe, quantize_model
+from edgepass.calibration.recipes import check_training, find_recipe, quantize_model
+from edgepass.calibration.training import Train
 from edgepass.device_check import add_device_check, decoder_samples
 from edgepass.lowering.explain import explain_for_backend
 from edgepass.lowering.lower import BACKENDS, DTYPES, LoweredProgram, check_choice
@@ -45,6 +46,7 @@ def check_options(
     check_choice("backend", backend, BACKENDS)
     check_choice("dtype", dtype, DTYPES)
     chosen = choose_recipe(recipe, group_size)
+    check_training(chosen, None)
     check_legality(chosen, backend)
     return chosen
 
@@ -68,13 +70,15 @@ def lower(
     group_size: int | None = None,
     context: int = 1024,
     check: bool = False,
+    train: Train | None = None,
     **options: Any,
 ) -> LoweredProgram:
     """Lower a ``transformers`` causal language model, or any exported program.
 
     An ExportedProgram is taken as it is (``recipe``, ``group_size`` and ``context`` do not apply).
     A model is quantized in place by ``recipe`` (a preset's name, a recipe file's path or a Recipe;
-    ``group_size`` takes the place of its own), given a KV cache of ``context`` tokens and exported.
+    ``group_size`` takes the place of its own; ``train`` is for recipes of quantization-aware
+    training, as in ``quantize_model``), given a KV cache of ``context`` tokens and exported.
     ``check`` runs the finished program on the host and reports how near it comes to the eager fused
     program and to the unquantized model (``report["numerics"]``): on ``sample_inputs`` if these are
     given, else the program's examples, or a few random tokens. ``options`` are those of
@@ -92,9 +96,10 @@ def lower(
         return lowered
     chosen = choose_recipe(recipe, group_size)
     plan_modules(model, chosen)
+    check_training(chosen, train)
     check_modules(chosen, model, backend)
     samples, unquantized = _decoder_check(model, context, options) if check else ((), None)
-    program = export_quantized(model, chosen, context)
+    program = export_quantized(model, chosen, context, train)
     config: Any = model.config
     facts = {
         "group_size": chosen.for_module("").weights.group_size,
@@ -132,11 +137,13 @@ def _end_tokens(model: Any) -> list[int]:
     return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
 
 
-def export_quantized(model: nn.Module, recipe: AnyRecipe, context: int) -> ExportedProgram:
+def export_quantized(
+    model: nn.Module, recipe: AnyRecipe, context: int, train: Train | None = None
+) -> ExportedProgram:
     """Quantize ``model`` in place and export it as a decoder with a static cache."""
     chosen = find_recipe(recipe)
     decoder = StaticCacheDecoder(model, context)
-    quantize_model(model, chosen)
+    quantize_model(model, chosen, train=train)
     return export_decoder(decoder)
 
 

@@ -46,10 +46,10 @@ _UNTRAINED = (
     _qnn("16a4w_block", 16, 4, kv_bits=8),
     _qnn("fp16a8w", None, 8, kv_bits=None),
 )
-# The stock quantizer has no training for the others (tests/lowering/test_qnn_qat.py).
+# The stock quantizer has no training for the others (tests/lowering/test_qnn_training.py).
 _TRAINABLE = (
     *("8da4w", "8da8w", "4w", "8w"),
-    *("8a8w", "16a8w", "16a4w", "16a4w_block", "fp16a8w"),
+    *("8a8w", "16a8w", "16a4w", "fp16a8w"),
 )
 PRESETS = {
     recipe.name: recipe

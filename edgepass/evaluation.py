@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepass.api import choose_recipe
-from edgepass.calibration.recipes import quantize_model
+from edgepass.calibration.recipes import check_training, quantize_model
 from edgepass.generation import load_decoder
 from edgepass.models.load import load_model, load_tokenizer
 from edgepass.models.rotary import longest_context
@@ -53,6 +53,8 @@ class Subject:
         ``context`` beyond the model's.
         """
         chosen = None if recipe is None else choose_recipe(recipe, group_size)
+        if chosen is not None:
+            check_training(chosen, None)
         model, tokenizer = load_model(spec, layers=layers, trust_remote_code=trust_remote_code)
         _check_context(context, longest_context(model.config))
         if chosen is not None:

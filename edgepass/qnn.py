@@ -195,6 +195,12 @@ def check_options(options: QnnOptions) -> Any:
     from edgepass.lowering.qnn_recipes import check_kv_bits, find_qnn_recipe
 
     recipe = find_qnn_recipe(options.recipe)
+    if recipe.asked.qat:
+        raise InvalidArgumentError(
+            f"got recipe={recipe.asked.name}, which trains; accepted is recipe="
+            f"{recipe.asked.name.removesuffix('_qat')} here, or a graph that you train between "
+            "prepare and convert of edgepass.lowering.qnn_quantizer.QnnQuantization"
+        )
     if options.kv_bits is not None:
         check_kv_bits(recipe, options.kv_bits)
     check_blocks(recipe, options.block_size, options.layer_block_sizes)

@@ -20,7 +20,11 @@ from executorch.backends.qualcomm.quantizer.quantizer import (
 )
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import (
+    convert_pt2e,
+    prepare_pt2e,
+    prepare_qat_pt2e,
+)
 
 from edgepass.calibration.block_scales import snap_block_scales
 from edgepass.calibration.observer_kinds import observer_class
@@ -74,6 +78,8 @@ class QnnQuantization:
     def prepare(self, program: ExportedProgram) -> GraphModule:
         """Return ``program`` with observers, to be run on calibration inputs.
 
+        By a recipe for quantization-aware training it computes with rounded values, and is trained.
+
         Raises InvalidArgumentError for a block size that does not divide a projection's width or
         names no module, and EncodingError for weights beyond fp16.
         """
@@ -82,8 +88,9 @@ class QnnQuantization:
             program = Pipeline([LinearToConv2d()]).run(program).program
         # Guards are calls of their own that would stand among an input's users.
         module: Any = program.module(check_guards=False)
+        prepare = prepare_qat_pt2e if self.recipe.asked.qat else prepare_pt2e
         with contextlib.redirect_stdout(io.StringIO()):
-            return prepare_pt2e(module, self._quantizer(module))
+            return prepare(module, self._quantizer(module))
 
     def convert(self, prepared: GraphModule) -> GraphModule:
         """Return the calibrated ``prepared`` with quantize and dequantize calls.
@@ -97,15 +104,10 @@ class QnnQuantization:
 
     def _quantizer(self, module: GraphModule) -> QnnQuantizer:
         quantizer = QnnQuantizer(soc_model=self.soc)
-        observer = observer_class(self.recipe.observer)
-        quantizer.set_default_quant_config(
-            self.recipe.quant_dtype(),
-            is_conv_per_channel=True,
-            is_linear_per_channel=True,
-            act_observer=observer,
-        )
+        qat, observer = self.recipe.asked.qat, observer_class(self.recipe.observer)
+        quantizer.set_default_quant_config(self.recipe.quant_dtype(), **_options(self.recipe, qat))
         own = self._own_recipes(module)
-        configs = [(_stands_in(paths), _config(each)) for each, paths in own.items()]
+        configs = [(_stands_in(paths), _config(each, qat)) for each, paths in own.items()]
         if self.recipe.activation_bits == 8:
             configs.append((_is_no_projection, _sixteen_bits(observer)))
         quantizer.set_submodule_qconfig_list(configs)
@@ -172,13 +174,14 @@ def _stands_in(paths: set[str]) -> Callable[[Node], bool]:
     return lambda node: call_name(node) in PROJECTIONS and module_path(node) in paths
 
 
-def _config(recipe: QnnRecipe) -> ModuleQConfig:
-    return ModuleQConfig(
-        recipe.quant_dtype(),
-        is_conv_per_channel=True,
-        is_linear_per_channel=True,
-        act_observer=observer_class(recipe.observer),
-    )
+def _config(recipe: QnnRecipe, qat: bool) -> ModuleQConfig:
+    return ModuleQConfig(recipe.quant_dtype(), **_options(recipe, qat))
+
+
+def _options(recipe: QnnRecipe, qat: bool) -> dict[str, Any]:
+    """The stock configuration's options; in training ranges are averaged, as the weights move."""
+    observer = {} if qat else {"act_observer": observer_class(recipe.observer)}
+    return {"is_qat": qat, "is_conv_per_channel": True, "is_linear_per_channel": True, **observer}
 
 
 def _sixteen_bits(observer: Any) -> ModuleQConfig:

@@ -12,6 +12,8 @@ from edgepass.calibration.recipe_resolution import ModuleRecipe
 _XNNPACK_BLOCK = 32
 # QNN: weight bits that the stock quantizer has beside the bits of activations (None: fp16).
 _QNN_WEIGHT_BITS: dict[int | None, tuple[int, ...]] = {8: (8, 4), 16: (16, 8, 4), None: (8,)}
+# Bits of activations and weights that it can train.
+_QNN_TRAINED = ((8, 8), (16, 8), (16, 4), (None, 8))
 _QNN_CACHE_BITS: dict[int | None, tuple[int | str, ...]] = {
     8: (8,),
     16: (8, 16),
@@ -44,6 +46,11 @@ def recipe_parts(recipe: Recipe, backend: str) -> Iterator[Part]:
         yield Part("backend", recipe.backend, backend)
     if recipe.rotation != "none" and backend == "qnn":
         yield Part("rotation", recipe.rotation, "none")
+    if recipe.qat and backend == "qnn":
+        module = recipe.for_module("")
+        pair = (activation_bits(module), module.weights.bits)
+        if pair not in _QNN_TRAINED or module.weights.granularity == "block":
+            yield Part("qat", True, False)
     bits = recipe.kv_cache.bits
     accepted: tuple[int | str | None, ...] = ("none",)
     if backend == "qnn":

@@ -22,6 +22,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch
 from edgepass.calibration.calibrate import Calibration
 from edgepass.calibration.chunks import read_chunks
 from edgepass.calibration.observe import observe
+from edgepass.calibration.recipe_file import find_recipe
 from edgepass.calibration.recipe_observers import MinMax, Percentile
 from edgepass.models.cache_decoder import CacheIoDecoder, export_form
 from edgepass.models.load import load_model
@@ -76,12 +78,12 @@ def _contestants(options: Any) -> dict[str, Callable[[], Any]]:
     program = export_form(form)
     plain: Any = program.module(check_guards=False)
 
+    @cache
     def prepared(observer: Any, program: Any = program) -> Any:
-        recipe, chip = find_qnn_recipe(options.recipe), find_chip("SM8650")
-        return QnnQuantization(recipe, chip, 8, observer=observer).prepare(program)
+        recipe = find_qnn_recipe(find_recipe(options.recipe).changed(observer=observer))
+        return QnnQuantization(recipe, find_chip("SM8650")).prepare(program)
 
     extremes = prepared(MinMax(kind="min_max"))
-    spread = prepared(Percentile(kind="percentile"))
 
     def calibrate(graph: Any, **kept: Any) -> None:
         _forget_weights(graph)
@@ -101,7 +103,7 @@ def _contestants(options: Any) -> dict[str, Callable[[], Any]]:
         "graph without observers": lambda: [plain(*form.inputs(chunk)) for chunk in chunks],
         "edgepass": lambda: calibrate(extremes),
         "edgepass with checkpoint": resumable,
-        "edgepass, percentile": lambda: calibrate(spread),
+        "edgepass, percentile": lambda: calibrate(prepared(Percentile(kind="percentile"))),
         "stock observers": stock,
     }
     if options.steps:

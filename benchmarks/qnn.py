@@ -3,11 +3,13 @@
     python benchmarks/qnn.py calibration --layers 2 --tokens 512
     python benchmarks/qnn.py accuracy --layers 2 --recipe 16a4w_block --text wiki.valid.raw
     python benchmarks/qnn.py whole --recipe 16a4w_block --text wiki.valid.raw --out out/qnn
+    python benchmarks/qnn.py perplexity --tokens 512 --scored 2048 --text wiki.valid.raw
 
 ``calibration``: one pass over the chunk against the loop over an AR-1 graph, same tokens, same
 observers, CPU and wall seconds, in turn. ``accuracy``: a decode chained behind a prefill, with
 encodings of the chunk and with the AR-1 graph's own, against the float model; the simulator against
 the fake-quantized graph. ``whole``: all layers lowered once, tokens generated in the simulator.
+``perplexity``: of the fake-quantized chunk graph and of the float model; nothing is lowered.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from edgepass.models.cache_decoder import CacheIoDecoder, DecoderForm, export_fo
 from edgepass.models.load import load_model
 from edgepass.passes.quantized_values import read_encodings
 from edgepass.passes.verification import signal_to_noise_db
-from edgepass.qnn import QnnOptions, lower_for_qnn
+from edgepass.perplexity import of_model, perplexity, read_tokens
+from edgepass.qnn import QnnOptions, cut_texts, lower_for_qnn
 from measuring import measured
 
 PREFIX = "decoder.model"
@@ -33,31 +36,40 @@ PREFIX = "decoder.model"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["calibration", "accuracy", "whole"])
+    parser.add_argument("what", choices=["calibration", "accuracy", "whole", "perplexity"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--recipe", default="16a4w_block")
     parser.add_argument("--kv-bits", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--scored", type=int, default=2048, help="perplexity: the first tokens")
+    parser.add_argument("--calibrated", type=int, default=2048, help="perplexity: those behind")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--out", type=Path, default=Path("out/qnn"))
     options = parser.parse_args()
     torch.set_num_threads(2)
-    measure = {"calibration": calibration, "accuracy": accuracy, "whole": whole}[options.what]
-    print(json.dumps(measure(options), indent=1))
+    measures = {
+        "calibration": calibration,
+        "accuracy": accuracy,
+        "whole": whole,
+        "perplexity": chunk_perplexity,
+    }
+    print(json.dumps(measures[options.what](options), indent=1))
 
 
-def prepared_decoder(options: Any) -> tuple[Any, Any, CacheIoDecoder, torch.Tensor]:
+def chosen_quantization(options: Any) -> Any:
     from edgepass.lowering.qnn_libraries import prepare_libraries
     from edgepass.lowering.qnn_quantizer import QnnQuantization
     from edgepass.lowering.qnn_recipes import find_chip, find_qnn_recipe
 
     prepare_libraries()
+    return QnnQuantization(find_qnn_recipe(options.recipe), find_chip("SM8650"), options.kv_bits)
+
+
+def prepared_decoder(options: Any) -> tuple[Any, Any, CacheIoDecoder, torch.Tensor]:
+    quantization = chosen_quantization(options)
     model, tokenizer = load_model(options.model, layers=options.layers)
-    quantization = QnnQuantization(
-        find_qnn_recipe(options.recipe), find_chip("SM8650"), options.kv_bits
-    )
     if options.text is None:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(model.config.vocab_size, (options.tokens,), generator=generator)
@@ -185,6 +197,38 @@ def whole(options: Any) -> dict[str, Any]:
         "pte_bytes": len(result.buffer),
         "delegates": result.report["delegates"],
         "generated": vars(text),
+    }
+
+
+def chunk_perplexity(options: Any) -> dict[str, Any]:
+    """Windows of ``--tokens``; the tokens to calibrate on follow those that are scored."""
+    quantization = chosen_quantization(options)
+    model, tokenizer = load_model(options.model, layers=options.layers)
+    decoder = CacheIoDecoder(model, options.tokens)
+    ids = read_tokens(tokenizer, options.text, options.scored + options.calibrated)
+    scored, behind = ids[: options.scored], ids[options.scored :]
+    chunk = decoder.form(options.tokens, options.tokens)
+    prepared = quantization.prepare(export_form(chunk))
+    usage = timed(lambda: observe(prepared, map(chunk.inputs, cut_texts(behind, options.tokens))))
+    graph = quantization.convert(prepared)
+
+    def fake_quantized(window: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return graph(*chunk.inputs(torch.tensor(window[:-1])))[0][0, : len(window) - 1]
+
+    def of(logits: Any) -> float:
+        return round(perplexity(scored, options.tokens, logits).perplexity, 4)
+
+    return {
+        "recipe": options.recipe,
+        "kv_bits": options.kv_bits,
+        "layers": decoder.layers,
+        "window": options.tokens,
+        "scored_tokens": len(scored),
+        "calibration_tokens": len(behind) // options.tokens * options.tokens,
+        "calibration": usage,
+        "perplexity": of(fake_quantized),
+        "perplexity_float": of(of_model(model)),
     }
 
 

@@ -19,6 +19,8 @@ _HOMES = {
     "unregister": "edgepass.lowering.registration",
     "EdgepassError": "edgepass.ops.errors",
     "lower_for_qnn": "edgepass.qnn",
+    "text_half": "edgepass.models.vision_language",
+    "embed_prompt": "edgepass.models.vision_language",
     "QnnOptions": "edgepass.qnn",
     "propagate_kv_encodings": "edgepass.passes.propagate_kv_encodings",
     "register_qnn_passes": "edgepass.lowering.qnn_registration",
@@ -28,6 +30,7 @@ __all__ = [
     "EdgepassError",
     "QnnOptions",
     "SimulatedProgram",
+    "embed_prompt",
     "explain",
     "load_model",
     "lower",
@@ -37,6 +40,7 @@ __all__ = [
     "register",
     "register_qnn_passes",
     "simulate",
+    "text_half",
     "unregister",
     "unregister_qnn_passes",
 ]
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from edgepass.lowering.qnn_registration import register_qnn_passes, unregister_qnn_passes
     from edgepass.lowering.registration import register, unregister
     from edgepass.models.load import load_model
+    from edgepass.models.vision_language import embed_prompt, text_half
     from edgepass.ops.errors import EdgepassError
     from edgepass.passes.propagate_kv_encodings import propagate_kv_encodings
     from edgepass.qnn import QnnOptions, lower_for_qnn

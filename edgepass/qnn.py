@@ -69,7 +69,7 @@ class QnnProgram:
 def lower_for_qnn(
     model: Any,
     options: QnnOptions,
-    tokens: Sequence[int],
+    tokens: Sequence[int] | Tensor,
     *,
     check: bool = False,
     model_name: str | None = None,
@@ -79,10 +79,12 @@ def lower_for_qnn(
     """Lower a ``transformers`` causal language model for the HTP of ``options.soc``.
 
     ``tokens`` is the text to calibrate on: it is cut into chunks of the context, or is one shorter
-    chunk. With ``check`` both methods run in the HTP simulator against the fake-quantized graphs,
-    and the least SQNR in dB of an output is reported as ``numerics.device_sqnr_db``. With
-    ``calibration`` an interrupted one is taken up. Returns None in the processes of ``torchrun``
-    other than the first, once the calibration that they share is done.
+    chunk. Vectors float ``[S, H]`` in their place (``embed_prompt`` makes them of a prompt with
+    images) make a program that takes embeddings and no token ids. With ``check`` both methods run
+    in the HTP simulator against the fake-quantized graphs, and the least SQNR in dB of an output
+    is reported as ``numerics.device_sqnr_db``. With ``calibration`` an interrupted one is taken up.
+    Returns None in the processes of ``torchrun`` other than the first, once the calibration that
+    they share is done.
 
     Raises LibraryError without the QNN libraries, InvalidArgumentError for options that do not fit,
     EncodingError for calibration data that gives no encodings, CalibrationError for the checkpoint
@@ -94,6 +96,7 @@ def lower_for_qnn(
     from edgepass.lowering.stages import Stages
 
     recipe = check_options(options)
+    check_vectors(model, tokens)
     check_modules(recipe.asked, model, BACKEND)
     stages = Stages(progress)
     prepare_libraries()
@@ -113,7 +116,7 @@ def lower_for_qnn(
         quantization = QnnQuantization(
             recipe, soc, options.kv_bits, options.block_size, options.layer_block_sizes
         )
-        decoder = CacheIoDecoder(model, options.context)
+        decoder = CacheIoDecoder(model, options.context, embeddings=isinstance(tokens, Tensor))
         quantized = quantize_decoder(
             decoder, quantization, texts, options.prefill_chunk, calibration
         )
@@ -137,6 +140,8 @@ def lower_for_qnn(
         "prefill_chunk": options.prefill_chunk,
         "vocabulary": int(model.config.vocab_size),
         "layers": decoder.layers,
+        "inputs": "embeddings" if decoder.embeddings else "tokens",
+        "hidden": int(model.config.hidden_size),
         "end_tokens": end_tokens(model),
         "calibration_tokens": count,
         "calibration_threads": choice.report(),
@@ -214,7 +219,18 @@ def check_options(options: QnnOptions) -> Any:
     return recipe
 
 
-def cut_texts(tokens: Sequence[int], context: int) -> list[Tensor]:
+def check_vectors(model: Any, tokens: Sequence[int] | Tensor) -> None:
+    """Raise InvalidArgumentError for a tensor that is no text of the model's vectors."""
+    if isinstance(tokens, Tensor):
+        width = model.config.hidden_size
+        if not tokens.is_floating_point() or tokens.dim() != 2 or tokens.shape[1] != width:
+            raise InvalidArgumentError(
+                f"no embeddings: got a tensor of {str(tokens.dtype).removeprefix('torch.')} "
+                f"{list(tokens.shape)}, accepted are floats [S, {width}], or a list of token ids"
+            )
+
+
+def cut_texts(tokens: Sequence[int] | Tensor, context: int) -> list[Tensor]:
     """Cut ``tokens`` into chunks of ``context``, dropping a shorter rest; or one shorter chunk.
 
     Raises InvalidArgumentError for under two tokens.
@@ -224,8 +240,8 @@ def cut_texts(tokens: Sequence[int], context: int) -> list[Tensor]:
             f"calibration text too short: got {len(tokens)} tokens, accepted are 2 and more"
         )
     length = min(context, len(tokens))
-    whole = torch.tensor(tokens)[: len(tokens) // length * length]
-    return list(whole.reshape(-1, length))
+    whole = torch.as_tensor(tokens)[: len(tokens) // length * length]
+    return list(whole.split(length))
 
 
 def end_tokens(model: Any) -> list[int]:

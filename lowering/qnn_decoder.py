@@ -115,6 +115,8 @@ def metadata(quantized: QuantizedDecoder, ends: Sequence[int], kv_bits: int) -> 
         "get_n_layers": decoder.layers,
         "get_vocab_size": int(config.vocab_size),
         "get_use_kv_cache": True,
+        # No stock runner reads this one: it passes token ids to each program.
+        "get_use_embeddings": decoder.embeddings,
         "get_kv_io_bit_width": kv_bits,
     }
     if any(decoder.windows):

@@ -7,21 +7,32 @@ from typing import Any
 
 import torch
 from executorch.backends.qualcomm._passes.build_quant_io import BuildQuantIo
+from executorch.backends.qualcomm._passes.qnn_pass_manager import get_qnn_pass_manager_cls
 from executorch.backends.qualcomm._passes.tag_quant_io import TagQuantIO
+from executorch.backends.qualcomm.partition.qnn_partitioner import QnnPartitioner
+from executorch.backends.qualcomm.serialization.qc_schema import QnnExecuTorchBackendType
 from executorch.backends.qualcomm.utils.constants import (
     QCOM_QUANT_ATTRS,
     QCOM_QUANT_MAX,
     QCOM_QUANT_MIN,
     QCOM_REQUANTIZE,
 )
+from executorch.backends.qualcomm.utils.qnn_manager_lifecycle import QnnManagerContext
 from executorch.backends.qualcomm.utils.utils import (
     generate_htp_compiler_spec,
     generate_qnn_executorch_compiler_spec,
-    to_edge_transform_and_lower_to_qnn,
+    qnn_edge_config,
 )
-from executorch.exir import ExecutorchBackendConfig, ExecutorchProgramManager
+from executorch.exir import (
+    EdgeProgramManager,
+    ExecutorchBackendConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
+from executorch.exir.program._program import lift_constant_tensor_pass
 from torch.fx import GraphModule, Node
 
+from edgepass.lowering.qnn_edge import has_direct_form, to_edge_directly
 from edgepass.lowering.qnn_io import PLAIN_INPUTS
 from edgepass.lowering.qnn_libraries import prepare_libraries
 from edgepass.lowering.qnn_quiet import first_error, quiet_compiler
@@ -49,26 +60,51 @@ def lower_graphs(
     """
     prepare_libraries()
     spec = generate_qnn_executorch_compiler_spec(soc, generate_htp_compiler_spec(use_fp16=fp16))
-    names = list(graphs)
-    own = {name: _passes() for name in names}
     with quiet_compiler() as log:
         try:
-            edge = to_edge_transform_and_lower_to_qnn(
-                dict(graphs),
-                {name: inputs[name] for name in names},
-                dict.fromkeys(names, spec),
-                constant_methods=dict(constant_methods or {}) or None,
-                passes_job={name: passes for name, (passes, _) in own.items()},
-                dep_table={name: order for name, (_, order) in own.items()},
-            )
+            edge = _delegate(graphs, inputs, spec, constant_methods)
             # Passes of stock run a delegate's own graph again, which takes no integers.
             replace_delegates(edge, lambda each: with_shapes_only(each, each.backend_id))
             return edge.to_executorch(ExecutorchBackendConfig(passes=[BuildQuantIo()]))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ProgramError(
-                f"the HTP compiler refuses the graph: got methods={', '.join(names)}: "
+                f"the HTP compiler refuses the graph: got methods={', '.join(graphs)}: "
                 f"{first_error(log) or error}; accepted are graphs of operators that it knows"
             ) from error
+
+
+def _delegate(
+    graphs: Mapping[str, GraphModule],
+    inputs: Mapping[str, tuple[Any, ...]],
+    spec: list[Any],
+    constant_methods: Mapping[str, Any] | None,
+) -> EdgeProgramManager:
+    """What stock ``to_edge_transform_and_lower_to_qnn`` does, its conversion to edge aside."""
+    programs, passes = {}, {}
+    for name, graph in graphs.items():
+        exported = torch.export.export(graph, inputs[name], strict=True)
+        manager = get_qnn_pass_manager_cls(QnnExecuTorchBackendType.kHtpBackend)()
+        programs[name] = manager.transform_for_export_pipeline(exported)
+        job, order = _passes()
+        passes[name] = manager.get_to_edge_transform_passes(
+            exported, passes_job=job, dep_table=order, compiler_specs=spec
+        )
+    constants, config = dict(constant_methods or {}) or None, qnn_edge_config()
+    partitioners = {name: QnnPartitioner(spec) for name in graphs}
+    with QnnManagerContext(dict.fromkeys(graphs, spec)):
+        if all(map(has_direct_form, programs.values())):
+            direct = {name: to_edge_directly(program) for name, program in programs.items()}
+            edge = EdgeProgramManager(direct, constants, config).transform(passes)
+            for name in graphs:
+                lift_constant_tensor_pass(edge.exported_program(name))
+            return edge.to_backend(partitioners)
+        return to_edge_transform_and_lower(
+            programs,
+            transform_passes=passes,
+            partitioner={name: [each] for name, each in partitioners.items()},
+            constant_methods=constants,
+            compile_config=config,
+        )
 
 
 def _passes() -> tuple[Any, Any]:

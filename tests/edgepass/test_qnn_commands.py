@@ -10,12 +10,13 @@ import torch
 from edgepass import qnn
 from edgepass.calibration.cpu_limits import cpu_limits
 from edgepass.generation import generate, load_decoder
+from edgepass.lowering import qnn_libraries
 from edgepass.models.load import load_tokenizer
 from edgepass.ops.encodings_file import read_encodings_file
 from edgepass.ops.errors import InvalidArgumentError, ProgramError
 from edgepass.perplexity import of_program, perplexity
 from tests.lowering.qnn_programs import needs_libraries
-from tests.models.tiny_models import save_checkpoint, tiny_model
+from tests.models.tiny_models import save_checkpoint, tiny_model, tiny_tokenizer
 
 pytestmark = needs_libraries
 CONTEXT, CHUNK = 24, 6
@@ -118,6 +119,7 @@ def test_run_and_eval_on_the_simulator(lowered, text) -> None:
         ([5] * 25, 0, "got 25 tokens at position=0"),
         ([], 0, "got 0 tokens"),
         ([96], 0, "got token=96, accepted are 0 to 95"),
+        (torch.ones(2, 64), 0, "no token ids: got .* with a tensor"),
     ],
 )
 def test_impossible_calls_are_refused(lowered, tokens, position, message) -> None:
@@ -203,3 +205,63 @@ def test_bad_options_are_refused_in_one_line(
         *("lower", "--model", checkpoint, "--backend", "qnn", *recipe, "--out", out, *filled)
     )
     assert message.format(text=text) in line and not list(tmp_path.iterdir())
+
+
+def lower_arguments(checkpoint, text, out) -> tuple:
+    return (
+        *("lower", "--model", checkpoint, "--backend", "qnn", "--recipe", "16a4w_block"),
+        *(
+            "--context=24",
+            "--prefill-chunk=6",
+            "--calibration",
+            text,
+            "--calibration-tokens=48",
+            "--out",
+            out,
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", math.nan, "mlp.up_proj.weight"),
+        ("model.layers.0.mlp.up_proj.weight", 1e5, "weight beyond fp16"),
+    ],
+)
+def test_what_is_not_finite_is_refused_in_one_line(
+    refused, text, tmp_path, name, value, message
+) -> None:
+    model = tiny_model("qwen3", num_hidden_layers=1)
+    model.get_parameter(name).fill_(value)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    line = refused(*lower_arguments(tmp_path / "model", text, tmp_path / "out"))
+    assert message in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "text too short: got"),
+        (b"H", "text too short: got"),
+        (b"\xff\xfe\x00\x81", "foreign encoding: got"),
+        (None, "unreadable calibration text: got"),
+    ],
+)
+def test_an_unusable_calibration_text_is_refused(
+    refused, checkpoint, tmp_path, content, message
+) -> None:
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    line = refused(*lower_arguments(checkpoint, tmp_path / "text", tmp_path / "out"))
+    assert message in line and not (tmp_path / "out").exists()
+
+
+def test_without_the_libraries_the_command_names_the_extra(
+    refused, checkpoint, text, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("QNN_SDK_ROOT", "")
+    monkeypatch.setattr(qnn_libraries.importlib.util, "find_spec", lambda name: None)
+    line = refused(*lower_arguments(checkpoint, text, tmp_path / "out"))
+    assert "pip install edgepass[qnn]" in line and not (tmp_path / "out").exists()

@@ -40,16 +40,18 @@ def check_modules(recipe: Recipe, model: nn.Module, backend: str) -> list[str]:
 
 
 def _judge(recipe: Recipe, backend: str, places: Iterable[Place]) -> list[str]:
-    found = list(recipe_parts(recipe, backend))
+    # Each part once, at the first place that asks for it: a model has hundreds.
+    found = {part: part for part in recipe_parts(recipe, backend)}
     for place, module, roles in places:
         judged = [list(RULES[backend](module, role)) for role in roles]
-        found += [replace(part, place=place) for part in min(judged, key=_weight)]
-    illegal = list(dict.fromkeys(str(part) for part in found if not part.as_float))
+        for part in min(judged, key=_weight):
+            found.setdefault(part, replace(part, place=place))
+    illegal = [str(part) for part in found.values() if not part.as_float]
     if illegal:
         raise InvalidArgumentError(
             f"recipe={recipe.name}, which backend={backend} cannot hold: {'; '.join(illegal)}"
         )
-    return list(dict.fromkeys(map(str, found)))
+    return list(map(str, found.values()))
 
 
 def _weight(parts: list[Part]) -> tuple[int, int]:

@@ -122,13 +122,19 @@ def test_each_error_code_has_its_section() -> None:
     assert sorted(re.findall(r"^## (\S+)$", page, re.MULTILINE)) == codes
 
 
+COMMAND = r"\s*(?:\$ )?edgepass ((?:recipes |encodings )?[\w-]+)(.*)"
+
+
 def documented_commands() -> dict[str, set[str]]:
-    """Each subcommand in a shell block of the pages, with the options it is shown with."""
+    """Each command in a shell block of the pages, with the options it is shown with.
+
+    Of a group (``recipes check``) both words are the command.
+    """
     commands: dict[str, set[str]] = {}
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"```(?:sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                if match := re.match(r"\s*(?:\$ )?edgepass ([\w-]+)(.*)", line):
+                if match := re.match(COMMAND, line):
                     options = re.findall(r"(?<!\S)--[a-z-]+", match[2])
                     commands.setdefault(match[1], set()).update(options)
     return commands
@@ -138,7 +144,7 @@ def documented_commands() -> dict[str, set[str]]:
 def test_documented_commands_exist(command: str) -> None:
     script = "import sys; from edgepass.cli import main; sys.exit(main())"
     shown = subprocess.run(
-        [sys.executable, "-c", script, command, "--help"],
+        [sys.executable, "-c", script, *command.split(), "--help"],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},

@@ -1,11 +1,16 @@
 """``edgepass recipes``, and recipe files given to the other commands."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from edgepass.calibration.recipe_file import find_recipe, parse_recipe, write_recipe
 from edgepass.calibration.recipe_presets import ALIASES, PRESETS
+from edgepass.lowering.recipe_legality import check_legality
+from edgepass.ops.errors import InvalidArgumentError
+from edgepass.recipe_commands import list_recipes
 
 MIXED = """
 name: mixed
@@ -124,3 +129,25 @@ def test_explain_and_eval_take_a_file(command, mixed, checkpoint, tmp_path) -> N
     code, printed, _ = command("eval", "--text", text, "--context", 32, *options)
     assert code == 0
     assert json.loads(printed)["perplexity"] > 1
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
+
+
+def test_the_page_s_example_is_a_recipe() -> None:
+    [text] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    recipe = parse_recipe(text)
+    assert set(recipe.asked()) >= {"weights", "activations", "overrides", "head"}
+    assert check_legality(recipe, "vulkan") == []
+
+
+def test_the_page_s_table_is_the_list_of_recipes() -> None:
+    for row in list_recipes():
+        cells = [f"`{row['name']}`", row["weights"], row["activations"], row["kv_cache"]]
+        assert f"| {' | '.join(cells)} | {', '.join(row['backends']) or 'none'} |" in PAGE
+
+
+def test_the_page_s_refusal_is_what_is_said() -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_legality(PRESETS["4w"], "xnnpack")
+    assert f"edgepass: {caught.value}\n" in PAGE

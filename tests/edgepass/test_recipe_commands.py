@@ -2,15 +2,19 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from edgepass import api
 from edgepass.calibration.recipe_file import find_recipe, parse_recipe, write_recipe
 from edgepass.calibration.recipe_presets import ALIASES, PRESETS
 from edgepass.lowering.recipe_legality import check_legality
 from edgepass.ops.errors import InvalidArgumentError
+from edgepass.passes.targets import argument, is_call
 from edgepass.recipe_commands import list_recipes
+from tests.models.tiny_models import tiny_model
 
 MIXED = """
 name: mixed
@@ -129,6 +133,41 @@ def test_explain_and_eval_take_a_file(command, mixed, checkpoint, tmp_path) -> N
     code, printed, _ = command("eval", "--text", text, "--context", 32, *options)
     assert code == 0
     assert json.loads(printed)["perplexity"] > 1
+
+
+@pytest.mark.parametrize("backend", ["xnnpack", "vulkan"])
+def test_mixed_groups_reach_the_fused_operators(backend: str) -> None:
+    lowered = api.lower(tiny_model(), backend=backend, recipe=parse_recipe(MIXED), context=32)
+    sizes = Counter(
+        argument(node, "group_size")
+        for node in lowered.fused.graph.nodes
+        if is_call(node, "edgepass.linear_qta8a_qga4w")
+    )
+    assert sizes == {32: 12, 64: 2}
+
+
+def test_a_trained_model_is_lowered(tmp_path) -> None:
+    seen: list[type] = []
+    lowered = api.lower(
+        tiny_model(),
+        backend="xnnpack",
+        recipe="8da4w_qat",
+        context=32,
+        train=lambda model: seen.append(type(model)),
+    )
+    assert len(seen) == 1
+    assert lowered.report["linears"] == {"total": 15, "fused": 15, "unfused": []}
+
+
+@pytest.mark.parametrize("command_name", ["lower", "eval", "explain"])
+def test_the_command_line_trains_nothing(refused, tmp_path, checkpoint, command_name) -> None:
+    options = {
+        "lower": ["--backend", "xnnpack", "--out", tmp_path / "out"],
+        "eval": ["--text", tmp_path],
+        "explain": ["--backend", "xnnpack"],
+    }[command_name]
+    line = refused(command_name, "--model", checkpoint, "--recipe", "8da4w_qat", *options)
+    assert "got recipe=8da4w_qat without train=" in line and "or recipe=8da4w" in line
 
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()

@@ -153,6 +153,8 @@ def print_inventory(listed: dict[str, Any]) -> None:
     for side in ("inputs", "outputs"):
         for place, value in enumerate(listed[side]):
             console.print(f"{side[:-1]} {place}: {value['dtype']} {_sizes(value)}")
+    largest_first = sorted(listed["memory"].items(), key=lambda each: -each[1])
+    console.print(_counts("memory", "bytes", dict(largest_first)))
     for number, delegate in enumerate(listed["delegates"]):
         title = f"delegate {number}"
         console.print(_counts(f"{title}: operators", "calls", delegate["operators"]))
@@ -161,7 +163,6 @@ def print_inventory(listed: dict[str, Any]) -> None:
             console.print(f"{place}: {name}")
     if listed["outside"]:
         console.print(_counts("outside the delegates", "calls", listed["outside"]))
-    console.print(_counts("memory", "bytes", listed["memory"]))
     for place, value in enumerate(listed.get("results", ())):
         console.print(f"result {place}: {value['dtype']} {value['shape']} {value['values']}")
 
@@ -180,11 +181,23 @@ def _counts(title: str, unit: str, counts: dict[str, int]) -> Table:
 
 
 def _constants(title: str, entries: list[dict[str, Any]]) -> Table:
-    table = Table("role", "dtype", "shape", "bytes", "uses", title=title)
-    for entry in entries:
-        row = [entry[key] for key in ("role", "dtype", "shape", "nbytes", "uses")]
-        table.add_row(*map(str, row))
+    table = Table("role", "dtype", "shape", "constants", "bytes", "uses", title=title)
+    for entry in group_constants(entries):
+        numbers = (f"{entry[key]:,}" for key in ("count", "nbytes", "uses"))
+        table.add_row(entry["role"], entry["dtype"], str(entry["shape"]), *numbers)
     return table
+
+
+def group_constants(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join constants of one role, dtype and shape: their ``count`` and sums, most bytes first."""
+    groups: dict[Any, dict[str, Any]] = {}
+    for entry in entries:
+        key = entry["role"], entry["dtype"], tuple(entry["shape"])
+        group = groups.setdefault(key, {**entry, "count": 0, "nbytes": 0, "uses": 0})
+        group["count"] += 1
+        group["nbytes"] += entry["nbytes"]
+        group["uses"] += entry["uses"]
+    return sorted(groups.values(), key=lambda group: -group["nbytes"])
 
 
 def print_linears(rows: list[dict[str, Any]]) -> None:

@@ -30,6 +30,19 @@ symmetric kernel's result less `sum_g s_g z_g sum_k x_k`. The group sums come fr
 and the same encodings, so that they are right both for several tokens, whose activation it
 quantizes, and for one, whose activation it reads as floats.
 
+Eight-bit weights, and five and six, stay float linears (inside a delegate where their weight is
+constant), with unfused quantization of the activation in plain operators outside. The runtime has
+three linears of int8 weights, and none means what the modules do: `et_vk.linear_q8ta_q8csw` and
+`et_vk.q8ta_linear` take one scale of the whole activation, a number known when the program is
+written, where torchao's and PT2E's dynamic quantization choose a scale for each token or call;
+its dynamic form refuses all but four bits (`VK_CHECK_COND(nbits == 4)`). `et_vk.linear_q8csw`
+would compute weight-only int8 by channels, but stock 1.5.1 has neither its schema nor a row in its
+table, and it was not tried on a device.
+
+A number of tokens and a batch that are both dynamic are declined: flattening them to one matrix and
+restoring them takes a view of two dynamic sizes, of which the runtime infers one. The report and
+`explain` give that reason.
+
 One token: programs quantize the activation, the runtime does not. A reference for one token is
 weight-only.
 """

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from edgepass import api
+from edgepass.console import group_constants
 from edgepass.generation import LoweredDecoder
 from edgepass.ops.errors import InvalidArgumentError
 from edgepass.simulation import _read_arrays
@@ -34,6 +35,22 @@ def test_lists_as_json_and_for_people(command, folder: Path) -> None:
     _, printed, _ = command("simulate", folder / "model.pte", "--ops")
     for words in ("input 0: int64 at most [1, 23]", "et_vk.rms_norm.default", "weights", "memory"):
         assert words in printed
+
+
+def test_alike_constants_are_one_row_and_memory_comes_first(command, folder: Path) -> None:
+    _, printed, _ = command("simulate", folder / "model.pte", "--json")
+    (delegate,) = json.loads(printed)["delegates"]
+    groups = group_constants(delegate["constants"])
+    assert len(groups) < len(delegate["constants"])
+    for key in ("nbytes", "uses"):
+        total = sum(entry[key] for entry in delegate["constants"])
+        assert sum(group[key] for group in groups) == total
+    assert sum(group["count"] for group in groups) == len(delegate["constants"])
+    sizes = [group["nbytes"] for group in groups]
+    assert sizes == sorted(sizes, reverse=True)
+    _, printed, _ = command("simulate", folder / "model.pte")
+    places = [printed.index(title) for title in ("memory", "0: operators", "0: constants")]
+    assert places == sorted(places)
 
 
 def test_runs_arrays_of_a_file(command, folder: Path, tmp_path: Path) -> None:

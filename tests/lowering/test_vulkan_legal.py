@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.export import Dim, export
 
 from edgepass.lowering.vulkan_rewrite import Rewritten, rewrite_for_vulkan
 from edgepass.passes.targets import is_call
@@ -135,3 +136,12 @@ def test_activations_of_any_size(scale: float) -> None:
 @settings(max_examples=20)
 def test_any_linear(case: Case, tokens: int) -> None:
     assert agreement(case, tokens) > 100
+
+
+def test_two_dynamic_sizes_are_declined_with_the_reason() -> None:
+    linears = Linears(Case(lead=(2,))).eval()
+    sizes = {0: Dim("batch", min=2, max=8), 1: Dim("tokens", min=2, max=31)}
+    with torch.no_grad():
+        program = export(linears, (torch.randn(3, 5, 64),), dynamic_shapes=(sizes,))
+    (declined,) = rewrite_for_vulkan(program, merge=True, half=False).declined
+    assert declined.reason.endswith("with 2 dynamic sizes: a view infers one")

@@ -6,10 +6,11 @@
     python benchmarks/qnn.py perplexity --tokens 512 --scored 2048 --text wiki.valid.raw
 
 ``calibration``: one pass over the chunk against the loop over an AR-1 graph, same tokens, same
-observers, CPU and wall seconds, in turn. ``accuracy``: a decode chained behind a prefill, with
-encodings of the chunk and with the AR-1 graph's own, against the float model; the simulator against
-the fake-quantized graph. ``whole``: all layers lowered once, tokens generated in the simulator.
-``perplexity``: of the fake-quantized chunk graph and of the float model; nothing is lowered.
+observers, CPU and wall seconds, in turn. ``accuracy``: a decode of 64 steps behind the chunk's rows
+and behind an AR-N prefill, with encodings of the chunk and with the AR-1 graph's own, against the
+float model; the simulator against the fake-quantized graph. ``whole``: all layers lowered once,
+tokens generated in the simulator. ``perplexity``: of the fake-quantized chunk graph and of the
+float model; nothing is lowered.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=2048, help="perplexity: the first tokens")
     parser.add_argument("--calibrated", type=int, default=2048, help="perplexity: those behind")
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--no-device", action="store_true", help="accuracy: do not lower")
     parser.add_argument("--out", type=Path, default=Path("out/qnn"))
     options = parser.parse_args()
     torch.set_num_threads(2)
@@ -98,6 +100,20 @@ def step_by_step(
     return torch.cat(logits)
 
 
+def prefilled(
+    form: DecoderForm, run: Callable[..., Any], tokens: torch.Tensor, count: int
+) -> list[torch.Tensor]:
+    """The rows of the first ``count`` tokens by AR-N calls, keys of each layer, then values."""
+    caches, layers = [each.clone() for each in form.empty_caches()], form.decoder.layers
+    axes = [3] * layers + [2] * layers
+    for start in range(0, count, form.tokens):
+        size = min(form.tokens, count - start)
+        out = run(*form.inputs(tokens[start : start + size], start, caches))
+        for axis, cache, new in zip(axes, caches, out[1:], strict=True):
+            cache.narrow(axis, start, size).copy_(new.narrow(axis, 0, size))
+    return [each.narrow(axis, 0, count) for axis, each in zip(axes, caches, strict=True)]
+
+
 def timed(work: Callable[[], Any]) -> dict[str, float]:
     with torch.no_grad(), measured() as usage:
         work()
@@ -127,7 +143,7 @@ def calibration(options: Any) -> dict[str, Any]:
 
 def accuracy(options: Any) -> dict[str, Any]:
     from edgepass.lowering.qnn_check import device_sqnr_db
-    from edgepass.lowering.qnn_decoder import DECODE_METHOD, quantize_decoder
+    from edgepass.lowering.qnn_decoder import DECODE_METHOD, PREFILL_METHOD, quantize_decoder
     from edgepass.lowering.qnn_lowering import lower_graphs
 
     model, quantization, decoder, tokens = prepared_decoder(options)
@@ -141,21 +157,31 @@ def accuracy(options: Any) -> dict[str, Any]:
         calibrated = quantization.convert(own)
         moved = step_by_step(form, found.graphs[DECODE_METHOD], tokens, whole[1:], start)
         itself = step_by_step(form, calibrated, tokens, whole[1:], start)
+        prefill = found.forms[PREFILL_METHOD], found.graphs[PREFILL_METHOD]
+        rows = prefilled(*prefill, tokens, start)
+        behind_prefill = step_by_step(form, found.graphs[DECODE_METHOD], tokens, rows, start)
     joins = _joins(calibrated)
     differing = found.encodings.diff(read_encodings(calibrated, PREFIX, joins), 1e-4)
-    inputs = {n: f.inputs(tokens[: f.tokens]) for n, f in found.forms.items()}
-    manager = lower_graphs(found.graphs, inputs, quantization.soc)
+    device: dict[str, Any] = {}
+    if not options.no_device:
+        inputs = {n: f.inputs(tokens[: f.tokens]) for n, f in found.forms.items()}
+        manager = lower_graphs(found.graphs, inputs, quantization.soc)
+        device = {
+            "pte_bytes": len(manager.buffer),
+            "device_sqnr_db": device_sqnr_db(found, bytes(manager.buffer), tokens),
+        }
     return {
         "logits_vs_float_db": {
             "chunk": _db(exact, whole[0][0, start:]),
             "decode_transferred": _db(exact, moved),
+            "decode_behind_prefill": _db(exact, behind_prefill),
             "decode_calibrated_on_itself": _db(exact, itself),
             "worst_step_loss_to_chunk": _worst(exact, whole[0][0, start:], moved),
+            "worst_step_loss_behind_prefill": _worst(exact, whole[0][0, start:], behind_prefill),
             "worst_step_loss_to_itself": _worst(exact, itself, moved),
         },
         "encodings_that_differ": [f"{each.name}: {each.reason}" for each in differing],
-        "pte_bytes": len(manager.buffer),
-        "device_sqnr_db": device_sqnr_db(found, bytes(manager.buffer), tokens),
+        **device,
     }
 
 

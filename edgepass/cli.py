@@ -98,6 +98,10 @@ def lower(
         Path | None, typer.Option(help="qnn: the UTF-8 text, or .jsonl, to calibrate on.")
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="qnn: so many of its tokens.")] = 1024,
+    encodings_file: Annotated[
+        Path | None,
+        typer.Option("--encodings", help="qnn: an encodings.json, in place of calibrating."),
+    ] = None,
     calibration_num_threads: Annotated[
         int | None, typer.Option(help="qnn: calibrate with these, not with the best found.")
     ] = None,
@@ -117,7 +121,15 @@ def lower(
             soc, recipe, block_size, kv_bits, prefill_chunk, context, sizes, threads
         )
         report = lower_command(
-            model, out, options, calibration, calibration_tokens, layers, trust_remote_code, check
+            model,
+            out,
+            options,
+            calibration,
+            calibration_tokens,
+            layers,
+            trust_remote_code,
+            check,
+            encodings_file,
         )
         if report is not None:
             console.show(report, as_json, lambda: console.print_qnn_report(report, out))
@@ -137,6 +149,7 @@ def lower(
             prefill_chunk=(prefill_chunk, 128),
             calibration=(calibration, None),
             calibration_tokens=(calibration_tokens, 1024),
+            encodings=(encodings_file, None),
             calibration_num_threads=(calibration_num_threads, None),
         )
         _check_writable(out)

@@ -71,6 +71,7 @@ def lower_for_qnn(
     options: QnnOptions,
     tokens: Sequence[int] | Tensor,
     *,
+    encodings: EncodingTable | None = None,
     check: bool = False,
     model_name: str | None = None,
     progress: Callable[[str], None] | None = None,
@@ -80,15 +81,16 @@ def lower_for_qnn(
 
     ``tokens`` is the text to calibrate on: it is cut into chunks of the context, or is one shorter
     chunk. Vectors float ``[S, H]`` in their place (``embed_prompt`` makes them of a prompt with
-    images) make a program that takes embeddings and no token ids. With ``check`` both methods run
-    in the HTP simulator against the fake-quantized graphs, and the least SQNR in dB of an output
-    is reported as ``numerics.device_sqnr_db``. With ``calibration`` an interrupted one is taken up.
-    Returns None in the processes of ``torchrun`` other than the first, once the calibration that
-    they share is done.
+    images) make a program that takes embeddings and no token ids. With ``encodings``, which an
+    earlier lowering of the model in this recipe gave, nothing is calibrated, and the text serves
+    the check only. With ``check`` both methods run in the HTP simulator against the fake-quantized
+    graphs, and the SQNR in dB of each output is reported as ``numerics.device_sqnr_db``. With
+    ``calibration`` an interrupted one is taken up. Returns None in the processes of ``torchrun``
+    other than the first, once the calibration that they share is done.
 
     Raises LibraryError without the QNN libraries, InvalidArgumentError for options that do not fit,
-    EncodingError for calibration data that gives no encodings, CalibrationError for the checkpoint
-    of another calibration.
+    EncodingError for calibration data that gives no encodings or ``encodings`` of another model or
+    recipe, CalibrationError for the checkpoint of another calibration.
     """
     from edgepass.lowering.qnn_libraries import prepare_libraries
     from edgepass.lowering.qnn_recipes import find_chip
@@ -118,7 +120,7 @@ def lower_for_qnn(
         )
         decoder = CacheIoDecoder(model, options.context, embeddings=isinstance(tokens, Tensor))
         quantized = quantize_decoder(
-            decoder, quantization, texts, options.prefill_chunk, calibration
+            decoder, quantization, texts, options.prefill_chunk, calibration, encodings
         )
         if quantized is None:
             return None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from edgepass.calibration.calibrate import Calibration
+from edgepass.calibration.observe import observe
 from edgepass.lowering.qnn_quantizer import MODEL_PREFIX, RANGE_OBSERVERS, QnnQuantization
 from edgepass.models.cache_decoder import CacheIoDecoder, DecoderForm, export_form
 from edgepass.ops.encodings import EncodingTable
@@ -43,15 +44,17 @@ def quantize_decoder(
     texts: Sequence[Tensor],
     prefill_chunk: int,
     calibration: Calibration | None = None,
+    encodings: EncodingTable | None = None,
 ) -> QuantizedDecoder | None:
     """Calibrate ``decoder`` on ``texts`` and quantize its AR-``prefill_chunk`` and AR-1 forms.
 
     ``texts`` are token ids int ``[S]`` (or vectors float ``[S, H]``), all of one length up to the
     context; each runs once through the graph of the whole chunk. The encodings found there go into
-    the forms with caches. Returns None in a process that only helped another to calibrate.
+    the forms with caches. With ``encodings`` nothing is calibrated: the texts are only run. Returns
+    None in a process that only helped another to calibrate.
 
     Raises InvalidArgumentError for texts of different or impossible lengths, EncodingError for
-    activations that are not finite or values without an encoding.
+    activations that are not finite, values without an encoding, or ``encodings`` of another model.
     """
     lengths = sorted({len(text) for text in texts})
     if len(lengths) != 1 or not 2 <= lengths[0] <= decoder.context:
@@ -62,10 +65,16 @@ def quantize_decoder(
     chunk = decoder.form(lengths[0], lengths[0])
     prepared = quantization.prepare(export_form(chunk))
     calibration = calibration or Calibration()
-    calibration.run(prepared, texts, chunk.inputs, RANGE_OBSERVERS)
+    if encodings is None:
+        calibration.run(prepared, texts, chunk.inputs, RANGE_OBSERVERS)
     if calibration.workers.rank:
         return None
-    chunk_graph = quantization.convert(prepared)
+    if encodings is None:
+        chunk_graph = quantization.convert(prepared)
+    else:
+        # Observers must have seen something to be converted; what they saw is replaced.
+        observe(prepared, [chunk.inputs(texts[0])])
+        chunk_graph = quantization.convert_with(prepared, encodings, MODEL_PREFIX)
     forms = {DECODE_METHOD: decoder.form(1), PREFILL_METHOD: decoder.form(prefill_chunk)}
     graphs = {
         name: _transfer(form, quantization, chunk_graph, texts[0]) for name, form in forms.items()
@@ -83,8 +92,6 @@ def _transfer(
     with torch.no_grad():
         prepared(*form.inputs(text[: form.tokens]))
     target = quantization.convert(prepared)
-    if quantization.recipe.activation_bits is None:
-        return target  # only weights are quantized, and each form sees the same ones
     pairs = form.kv_pairs()
     propagation = propagate_kv_encodings(source, target, pairs, MODEL_PREFIX)
     if len(propagation.pairs) != len(pairs):

@@ -26,10 +26,13 @@ from torchao.quantization.pt2e.quantize_pt2e import (
     prepare_qat_pt2e,
 )
 
+from edgepass.calibration.aligned_encodings import align_conversions
+from edgepass.calibration.apply_encodings import apply_encodings
 from edgepass.calibration.block_scales import snap_block_scales
 from edgepass.calibration.observer_kinds import observer_class
 from edgepass.calibration.recipe import Role
 from edgepass.calibration.recipe_resolution import ModuleRecipe
+from edgepass.calibration.visible_scores import show_all, show_visible
 from edgepass.lowering.qnn_annotation import (
     PROJECTIONS,
     block_sizes,
@@ -40,6 +43,7 @@ from edgepass.lowering.qnn_annotation import (
 )
 from edgepass.lowering.qnn_block_sizes import BlockSizes, check_blocks
 from edgepass.lowering.qnn_recipes import QnnRecipe, check_kv_bits, qnn_recipe
+from edgepass.ops.encodings import EncodingTable
 from edgepass.ops.encodings_file import split_block_scales
 from edgepass.ops.errors import EncodingError
 from edgepass.passes.linear_to_conv2d import LinearToConv2d
@@ -90,16 +94,35 @@ class QnnQuantization:
         module: Any = program.module(check_guards=False)
         prepare = prepare_qat_pt2e if self.recipe.asked.qat else prepare_pt2e
         with contextlib.redirect_stdout(io.StringIO()):
-            return prepare(module, self._quantizer(module))
+            prepared = prepare(module, self._quantizer(module))
+        if not self.recipe.asked.qat:  # in training the encodings follow the loss, hidden or not
+            show_visible(prepared)
+        return prepared
 
     def convert(self, prepared: GraphModule) -> GraphModule:
         """Return the calibrated ``prepared`` with quantize and dequantize calls.
 
-        Block scales are those that HTP stores, so that the graph computes what the device will.
+        Block scales are those that HTP stores, and changes to 8 bits are such that HTP computes
+        them exactly: the graph computes what the device will.
         """
+        show_all(prepared)
         _snap_observed_blocks(prepared)
         converted = convert_pt2e(prepared)
         snap_block_scales(converted)
+        align_conversions(converted)
+        return converted
+
+    def convert_with(
+        self, prepared: GraphModule, encodings: EncodingTable, prefix: str
+    ) -> GraphModule:
+        """Return ``prepared``, which has seen any data, with ``encodings`` in place of its own.
+
+        Names in ``encodings`` are without ``prefix``. Raises EncodingError unless they are those of
+        the graph, and of its recipe.
+        """
+        show_all(prepared)
+        converted = convert_pt2e(prepared, fold_quantize=False)
+        apply_encodings(converted, encodings, prefix)
         return converted
 
     def _quantizer(self, module: GraphModule) -> QnnQuantizer:

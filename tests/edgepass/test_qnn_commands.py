@@ -161,6 +161,8 @@ def test_encodings_are_shown_and_compared(command, lowered, tmp_path) -> None:
     ("options", "message"),
     [
         ((), "no calibration text: got calibration=None"),
+        (("--encodings={text}",), "unreadable encodings: got"),
+        (("--encodings={text}", "--calibration={text}"), "accepted is one of them"),
         (
             ("--recipe", "8da4w"),
             "recipe=8da4w, which backend=qnn cannot hold: weights.granularity=group",
@@ -265,3 +267,13 @@ def test_without_the_libraries_the_command_names_the_extra(
     monkeypatch.setattr(qnn_libraries.importlib.util, "find_spec", lambda name: None)
     line = refused(*lower_arguments(checkpoint, text, tmp_path / "out"))
     assert "pip install edgepass[qnn]" in line and not (tmp_path / "out").exists()
+
+
+def test_encodings_of_another_recipe_are_refused(refused, lowered, checkpoint, tmp_path) -> None:
+    file, out = lowered.folder / "encodings.json", tmp_path / "out"
+    line = refused(
+        *("lower", "--model", checkpoint, "--backend", "qnn", "--recipe", "16a8w", "--out", out),
+        *("--context", CONTEXT, "--prefill-chunk", CHUNK, "--encodings", file),
+    )
+    assert "encodings of another model or recipe" in line and "/linear#0.input: missing" in line
+    assert not out.exists()

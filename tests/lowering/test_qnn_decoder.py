@@ -175,3 +175,43 @@ def test_texts_of_two_lengths_are_refused() -> None:
     found = quantized("qwen3", "fp16a8w")
     with pytest.raises(InvalidArgumentError, match=r"got lengths \[5, 6\]"):
         quantize_decoder(found.decoder, None, [tokens(5), tokens(6)], CHUNK)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gemma2"])
+def test_the_chunk_and_decode_find_equal_encodings_on_equal_tokens(family) -> None:
+    from edgepass.lowering.qnn_decoder import MODEL_PREFIX, quantize_decoder
+    from edgepass.models.cache_decoder import CacheIoDecoder, export_form
+    from edgepass.passes.kv_pairs import kv_pairs_of
+    from edgepass.passes.quantized_values import read_encodings
+    from tests.models.tiny_models import tiny_model
+
+    how, text = quantization("16a8w"), tokens(seed=1)
+    decoder = CacheIoDecoder(tiny_model(family), CONTEXT)
+    found = quantize_decoder(decoder, how, [text], CHUNK)
+    form = found.forms["kv_forward"]
+    prepared = how.prepare(export_form(form))
+    run_chained(decoder, text, [(form, [1] * CONTEXT)], {form: prepared})
+    calibrated = how.convert(prepared)
+    joins = {join for _, join, _ in kv_pairs_of(calibrated.graph)}
+    own = read_encodings(calibrated, MODEL_PREFIX, joins)
+    shared = [name for name in own if name in found.encodings]
+    assert len(shared) > 100 and any("softmax" in name for name in shared)
+    differing = {each.name: each.reason for each in found.encodings.diff(own, 1e-4)}
+    assert [differing[name] for name in shared if name in differing] == []
+
+
+@pytest.mark.parametrize("recipe", ["16a4w_block", "fp16a8w"])
+def test_encodings_from_a_file_give_the_same_graphs(recipe, tmp_path) -> None:
+    from edgepass.lowering.qnn_decoder import quantize_decoder
+    from edgepass.ops.encodings_file import read_encodings_file, write_encodings_file
+
+    found, file = quantized("qwen3", recipe), tmp_path / "encodings.json"
+    write_encodings_file(file, found.encodings)
+    text, table = tokens(CHUNK, seed=5), read_encodings_file(file)
+    again = quantize_decoder(found.decoder, quantization(recipe), [text], CHUNK, encodings=table)
+    assert not again.encodings.diff(found.encodings)
+    for name, form in found.forms.items():
+        inputs = form.inputs(tokens(form.tokens, seed=3))
+        with torch.no_grad():
+            one, other = (each.graphs[name](*inputs) for each in (found, again))
+        assert all(map(torch.equal, one, other))

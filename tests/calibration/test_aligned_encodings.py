@@ -1,0 +1,67 @@
+"""A 16-bit value that becomes 8 bits has the 8-bit encoding, 256 times as fine."""
+
+import torch
+
+from edgepass.calibration.aligned_encodings import align_conversions
+from edgepass.passes.quantized_values import quantized_values
+from edgepass.passes.value_names import ValueNames
+from tests.passes.kv_models import Chunk, chunk_and_step, quantized
+from tests.passes.programs import sqnr_db
+
+
+def conversions(module):
+    """(wide, narrow) encodings of each value that is quantized to 8 bits behind 16."""
+    values = quantized_values(module, ValueNames(module.graph))
+    by_call = {call: value for value in values for call in value.calls}
+    pairs = [(by_call.get(value.before), value) for value in values]
+    return [
+        (before.encoding, value.encoding)
+        for before, value in pairs
+        if before is not None and (before.encoding.bits, value.encoding.bits) == (16, 8)
+    ]
+
+
+def test_wide_encodings_are_256_times_as_fine_and_a_second_run_changes_nothing() -> None:
+    source, _, _, _ = chunk_and_step()
+    before = conversions(source)
+    assert before and all(wide.scale * 256 != narrow.scale for wide, narrow in before)
+    assert align_conversions(source) >= len(before)
+    after = conversions(source)
+    for (wide, narrow), (_, old) in zip(after, before, strict=True):
+        assert narrow.difference(old) == 0
+        assert wide.scale * 256 == narrow.scale and wide.zero_point == 256 * narrow.zero_point
+        # Nothing that the 8 bits can hold saturates in the 16.
+        assert wide.real_range()[0] <= narrow.real_range()[0]
+        assert wide.real_range()[1] >= narrow.real_range()[1]
+    assert align_conversions(source) == 0
+
+
+def test_it_costs_no_accuracy() -> None:
+    source, _, chunk, x = chunk_and_step()
+    exact, before = chunk(x), source(x)
+    align_conversions(source)
+    for reference, old, new in zip(exact, before, source(x), strict=True):
+        assert sqnr_db(reference, new) > sqnr_db(reference, old) - 0.5
+
+
+class TwoWidths(Chunk):
+    """Values that no 8-bit encoding follows."""
+
+    def forward(self, x):
+        return torch.softmax(x @ (x * 2.0).transpose(1, 2), -1) * 3.0
+
+
+def test_values_that_stay_wide_are_left_alone() -> None:
+    x = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+    module = quantized(TwoWidths(), [(x,)])
+    values = quantized_values(module, ValueNames(module.graph))
+    narrow = {v.before for v in values if v.encoding.bits == 8}
+    wide = {
+        v.calls[0].name: v.encoding
+        for v in values
+        if v.encoding.bits == 16 and not set(v.calls) & narrow
+    }
+    align_conversions(module)
+    values = quantized_values(module, ValueNames(module.graph))
+    after = {value.calls[0].name: value.encoding for value in values}
+    assert wide and all(each.difference(after[name]) == 0 for name, each in wide.items())

@@ -62,7 +62,7 @@ def test_lowered_it_takes_a_prompt_with_an_image_and_no_ids(tmp_path, command) -
     assert decoder._program.constant("get_use_embeddings") == 1
     with pytest.raises(InvalidArgumentError, match=r"accepted are vectors float \[S, 64\]"):
         decoder.prefill([1, 2, 3])
-    code, _, err = command("run", folder, "--prompt", "He")
+    code, _, err = command("run", folder, "--prompt", "He", "--max-new-tokens", 4)
     assert code == 2 and "was lowered for them, with 1 token ids" in err
 
 

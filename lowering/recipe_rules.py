@@ -74,8 +74,6 @@ def _host_parts(module: ModuleRecipe, role: Role) -> Iterator[Part]:
     if weights.granularity in ("tensor", "block"):
         nearest = "channel" if weights.granularity == "tensor" else "group"
         yield Part("weights.granularity", weights.granularity, nearest)
-    if weights.mapping == "float_offset":
-        yield Part("weights.mapping", "float_offset", "symmetric")
     if activations.kind == "static":
         yield Part("activations.kind", "static", "dynamic")
     elif activations.kind == "dynamic":
@@ -93,8 +91,8 @@ def _xnnpack(module: ModuleRecipe, role: Role) -> Iterator[Part]:
         return
     if weights.bits > 4:
         yield Part("weights.bits", weights.bits, 4)
-    if weights.mapping == "asymmetric":
-        yield Part("weights.mapping", "asymmetric", "symmetric")
+    if weights.mapping != "symmetric":
+        yield Part("weights.mapping", weights.mapping, "symmetric")
     if weights.granularity == "group" and weights.group_size and weights.group_size % 32:
         nearest = max(round(weights.group_size / _XNNPACK_BLOCK), 1) * _XNNPACK_BLOCK
         yield Part("weights.group_size", weights.group_size, nearest)

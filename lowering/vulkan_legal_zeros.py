@@ -18,7 +18,9 @@ from edgepass.ops.packing import pack_int4, unpack_int4
 
 
 def absorb_zeros(packed: Tensor, zeros: Tensor, k: int, group_size: int) -> Tensor | None:
-    """Return the weight with its zero points taken off, None if it leaves -8..7."""
+    """Return the weight without zero points; None if they are floats or it leaves -8..7."""
+    if zeros.is_floating_point():
+        return None
     values = unpack_int4(packed, k).unflatten(1, (-1, group_size)).to(torch.int16)
     moved = (values - zeros.to(torch.int16).unsqueeze(-1)).flatten(1)
     low, high = (int(bound) for bound in moved.aminmax())

@@ -155,6 +155,14 @@ def _runtime_embedding(program: WorkingProgram, node: Node) -> None:
     low, high = (-8, 7) if bits == 4 else (-128, 127)
     offsets = program.constant(zeros) if zeros is not None else None
     zeros = None if offsets is None or not bool(offsets.any()) else zeros
+    if zeros is not None and offsets is not None and offsets.dtype != _value(scales).dtype:
+        # The portable kernel reads zero points in the scales' dtype.
+        dtype = _value(scales).dtype
+        zeros = program.derive_constant(
+            ("zeros", zeros, dtype),
+            f"{program.qualified_name(zeros)}_float",
+            lambda: offsets.to(dtype),
+        )
     editor = Editor(program, node, _RULE)
     rows = editor.call(
         operator, table, scales, zeros, low, high, ids, like=node, dtype=_value(node).dtype

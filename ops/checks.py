@@ -12,6 +12,8 @@ import torch
 from edgepass.ops.errors import InvalidArgumentError
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Zero points of weights: integers, or floats where a grid's offset is no multiple of its scale.
+ZERO_DTYPES = (torch.int8, *FLOAT_DTYPES)
 
 
 def refuse(operator: str, name: str, value: object, accepted: str) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from edgepass.ops.checks import FLOAT_DTYPES, check_dtype, check_shape, refuse
+from edgepass.ops.checks import FLOAT_DTYPES, ZERO_DTYPES, check_dtype, check_shape, refuse
 from edgepass.ops.library import register_operator
 from edgepass.ops.packing import dequantize_groups, unpack_int4
 
@@ -20,7 +20,8 @@ def embedding_qg(
     """Look up rows of a quantized table: ``(weight[ids] - zero) * scale`` by groups.
 
     weight: uint8 ``[V, ceil(K/2)]`` in the linear layout (bits=4) or int8 ``[V, K]`` (bits=8);
-    scales: float ``[V, K/group_size]``; zeros: int8 of that shape, or None; ids: int32 or int64.
+    scales: float ``[V, K/group_size]``; zeros: int8 or float of that shape, or
+    None; ids: int32 or int64.
     Returns ``ids.shape + [K]`` in the dtype of ``scales``.
     """
     k = _check_embedding(weight, scales, zeros, group_size, bits, ids)
@@ -67,7 +68,7 @@ def _check_embedding(
     columns = (k + 1) // 2 if bits == 4 else k
     check_shape(_NAME, "weight", weight, (scales.shape[0], columns), "V, bytes of K columns")
     if zeros is not None:
-        check_dtype(_NAME, "zeros", zeros, (torch.int8,))
+        check_dtype(_NAME, "zeros", zeros, ZERO_DTYPES)
         check_shape(_NAME, "zeros", zeros, scales.shape, "the shape of scales")
     return k
 

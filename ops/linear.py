@@ -7,7 +7,14 @@
 
 import torch
 
-from edgepass.ops.checks import FLOAT_DTYPES, check_dtype, check_shape, known_unequal, refuse
+from edgepass.ops.checks import (
+    FLOAT_DTYPES,
+    ZERO_DTYPES,
+    check_dtype,
+    check_shape,
+    known_unequal,
+    refuse,
+)
 from edgepass.ops.library import register_operator
 from edgepass.ops.matmul import is_small, matmul_float32, matmul_float64
 from edgepass.ops.quantize import quantize_dequantize, quantize_per_token
@@ -29,8 +36,8 @@ def linear_qta8a_qga4w(
     """Linear of quantized activations, int8 ``[..., K]``, to ``[..., N]`` in w_scales' dtype.
 
     x_scale: float ``[...]``; x_zero: int8 or int32 ``[...]`` (one encoding a token); w_packed:
-    uint8 ``[N, ceil(K/2)]`` in the linear layout; w_scales: float and w_zeros: int8,
-    ``[N, K/group_size]``; bias: float ``[N]``.
+    uint8 ``[N, ceil(K/2)]`` in the linear layout; w_scales: float and w_zeros: int8
+    or float, ``[N, K/group_size]``; bias: float ``[N]``.
     """
     _check_quantized(x_q, x_scale, x_zero)
     _check_weight(_NAME, x_q, w_packed, group_size, w_scales, w_zeros, bias)
@@ -150,7 +157,7 @@ def _check_weight(
 ) -> None:
     check_dtype(name, "w_packed", w_packed, (torch.uint8,))
     check_dtype(name, "w_scales", w_scales, FLOAT_DTYPES)
-    check_dtype(name, "w_zeros", w_zeros, (torch.int8,))
+    check_dtype(name, "w_zeros", w_zeros, ZERO_DTYPES)
     if x.dim() == 0 or x.shape[-1] == 0:
         argument = "x_q" if x.dtype == torch.int8 else "x"
         refuse(name, f"{argument}.shape", list(x.shape), "[..., K] with K of 1 or more")

@@ -76,7 +76,7 @@ def dequantize_groups(
 ) -> torch.Tensor:
     """(w - zero) * scale in ``dtype``, float32 or float64; w: int8 ``[N, K]``.
 
-    scales: float ``[N, K/group_size]``; zeros: int8 of that shape, or None for zeros of 0.
+    scales: float ``[N, K/group_size]``; zeros: int8 or float of that shape, or None for 0.
     """
     out = torch.empty(w.shape, dtype=dtype)
     _dequantize_into(out, w, scales, zeros, group_size)

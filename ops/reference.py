@@ -39,9 +39,9 @@ def linear_qta8a_qga4w(
     w_zeros: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Exact int64 sums of each group, scaled and added in float64."""
+    """Exact sums of each group (int64, but for float zero points), scaled and added in float64."""
     w = unpack_linear_layout(w_packed, x_q.shape[-1]).unflatten(1, (-1, group_size))
-    w = w - w_zeros.long().unsqueeze(-1)
+    w = w - _exact(w_zeros).unsqueeze(-1)
     x = (x_q.long() - x_zero.long().unsqueeze(-1)).unflatten(-1, (-1, group_size))
     out = torch.zeros(*x_q.shape[:-1], w.shape[0], dtype=torch.float64)
     for group in range(w.shape[1]):
@@ -62,7 +62,7 @@ def linear_qga4w(
     """The dequantized weight, column by column, against x."""
     w = unpack_linear_layout(w_packed, x.shape[-1])
     groups = torch.arange(x.shape[-1]) // group_size
-    dequantized = (w - w_zeros.long()[:, groups]).double() * w_scales.double()[:, groups]
+    dequantized = (w - _exact(w_zeros)[:, groups]).double() * w_scales.double()[:, groups]
     out = torch.einsum("...k,nk->...n", x.double(), dequantized)
     return out if bias is None else out + bias.double()
 
@@ -75,7 +75,7 @@ def embedding_qg(
     w = unpack_linear_layout(weight, k) if bits == 4 else weight.long()
     groups = torch.arange(k) // group_size
     if zeros is not None:
-        w = w - zeros.long()[:, groups]
+        w = w - _exact(zeros)[:, groups]
     return (w.double() * scales.double()[:, groups])[ids.long()]
 
 
@@ -133,3 +133,7 @@ def cached_attention(
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     seen = ~hidden.all(0)
     return weights[..., seen] @ values[:, :, seen]
+
+
+def _exact(zeros: Tensor) -> Tensor:
+    return zeros.double() if zeros.is_floating_point() else zeros.long()

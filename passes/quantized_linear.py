@@ -22,14 +22,15 @@ class FuseQuantizedLinear(GraphPass):
     views) of a dynamically quantized activation and an int4 weight becomes one operator on the
     activation's ``edgepass::quantize_per_token``, of which there is one for each activation. With
     a float activation it becomes ``edgepass::linear_qga4w``. Both dialects, torchao and
-    quantized_decomposed; symmetric and asymmetric groups; signed and unsigned 4-bit values. A
+    quantized_decomposed; symmetric and asymmetric groups, whose zero
+    points may be floats; signed and unsigned 4-bit values. A
     weight used twice is packed once.
 
     Before: ``linear(dq(q(x, scale, zero), scale, zero), dequantize(w, w_scales, w_zeros), bias)``
     After: ``linear_qta8a_qga4w(*quantize_per_token(x), packed, group, w_scales, w_zeros, bias)``
 
     Refuses when: the weight is no constant ``[N, K]``, has values beyond 4 bits, blocks other than
-    groups of a row, zero points that are no int8, or scales that the result's dtype cannot hold;
+    groups of a row, whole zero points beyond int8, or scales that the result's dtype cannot hold;
     the activation is not asymmetric int8 per token over -128..127; a view mixes K with rows.
 
     Numerics: exact integer sums, scaled in float32: 100 dB or better. The decomposed dialect adds

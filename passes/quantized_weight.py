@@ -1,5 +1,6 @@
 """Read the dequantization of a weight, in either dialect, as one group-quantized int4 matrix."""
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -69,9 +70,10 @@ class GroupedWeight:
         return self._grouped(self.scales, dtype, 0)
 
     def group_zeros(self) -> Node:
-        """Return the zero points as int8 ``[rows, groups]``."""
+        """Return the zero points ``[rows, groups]``: int8, or float32 if they are not whole."""
         if self.zeros is not None:
-            return self._grouped(self.zeros, torch.int8, self._offset)
+            whole = is_whole(self._tensor(self.zeros))
+            return self._grouped(self.zeros, torch.int8 if whole else torch.float32, self._offset)
         shape, value = self._group_shape, -self._offset
         return self.program.derive_constant(
             ("zeros", shape, value),
@@ -207,8 +209,14 @@ def _check_encodings(
     zero = program.constant(zeros)
     if zero is None or not zero.any():
         return None
-    whole = not zero.is_floating_point() or torch.equal(zero, zero.round())
     low, high = (float(bound) for bound in zero.aminmax())
-    if not whole or low < -120 or high > 127:
+    if not math.isfinite(low) or not math.isfinite(high):
+        return Refusal(f"the zero points {zeros} are not finite ({low:g}..{high:g})", scales)
+    if is_whole(zero) and (low < -120 or high > 127):
         return Refusal(f"the zero points {zeros} are no int8 ({low:g}..{high:g})", scales)
     return None
+
+
+def is_whole(zeros: torch.Tensor) -> bool:
+    """Whether zero points are integers, stored as such or not."""
+    return not zeros.is_floating_point() or torch.equal(zeros, zeros.round())

@@ -33,6 +33,7 @@ class Case:
     lead: tuple[int, ...] = (1,)
     bias: bool = False
     asymmetric: bool = False
+    fraction: float = 0.0
     quantized: bool = True
 
     @property
@@ -49,7 +50,8 @@ class Linears(nn.Module):
             for i, n in enumerate(case.outputs)
         )
         for linear in self.linears if case.asymmetric else ():
-            linear.zeros = torch.randint(-8, 8, linear.zeros.shape, dtype=torch.int8)
+            zeros = torch.randint(-8, 8, linear.zeros.shape, dtype=torch.int8)
+            linear.zeros = zeros + case.fraction if case.fraction else zeros
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.case.quantized:
@@ -108,10 +110,11 @@ def test_batches_of_any_rank(lead: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("case", [Case(), Case(bias=True), Case(4, 100), Case(3, 7, (5, 6))])
-def test_asymmetric_weights(case: Case) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.37])
+def test_asymmetric_weights(case: Case, fraction: float) -> None:
     for quantized in (True, False):
-        asymmetric = Case(**{**vars(case), "asymmetric": True, "quantized": quantized})
-        assert agreement(asymmetric) > 110
+        changes = {"asymmetric": True, "fraction": fraction, "quantized": quantized}
+        assert agreement(Case(**{**vars(case), **changes})) > 110
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-8, 1.0, 1e6, 1e25])
@@ -129,6 +132,7 @@ def test_activations_of_any_size(scale: float) -> None:
         lead=st.sampled_from([(), (1,), (2,), (2, 2)]),
         bias=st.booleans(),
         asymmetric=st.booleans(),
+        fraction=st.sampled_from([0.0, 0.37]),
         quantized=st.booleans(),
     ),
     tokens=st.integers(1, 9),

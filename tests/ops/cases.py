@@ -45,6 +45,7 @@ def make_weight(
     *,
     dtype: torch.dtype = torch.float32,
     asymmetric: bool = True,
+    fraction: float = 0.0,
     bias: bool = False,
     seed: int = 0,
 ) -> Weight:
@@ -54,6 +55,8 @@ def make_weight(
     scales = (torch.rand(n, groups, generator=generator) * 0.1 + 0.01).to(dtype)
     low, high = (-8, 8) if asymmetric else (0, 1)
     zeros = torch.randint(low, high, (n, groups), generator=generator, dtype=torch.int8)
+    if fraction:
+        zeros = zeros + fraction
     offsets = torch.randn(n, generator=generator).to(dtype) if bias else None
     return Weight(values, pack_int4(values), group_size, scales, zeros, offsets)
 
@@ -67,6 +70,7 @@ def weights(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Weight:
         draw(st.integers(1, 15)),
         dtype=dtype,
         asymmetric=draw(st.booleans()),
+        fraction=draw(st.sampled_from([0.0, 0.37, -31.4])),
         bias=draw(st.booleans()),
         seed=draw(st.integers(0, 2**32 - 1)),
     )

@@ -92,7 +92,7 @@ BAD_OPERANDS = [
     ({"scales": torch.ones(9)}, r"got scales.shape=\[9\]"),
     ({"scales": torch.ones(8, 3)}, r"got weight.shape=\[9, 8\]; expected \[8, 8\]"),
     ({"zeros": torch.zeros(9, 2, dtype=torch.int8)}, r"got zeros.shape=\[9, 2\]"),
-    ({"zeros": torch.zeros(9, 3)}, r"got zeros.dtype=float32; expected int8"),
+    ({"zeros": torch.zeros(9, 3).int()}, r"got zeros.dtype=int32; expected int8 or float32"),
     ({"ids": torch.zeros(2)}, r"got ids.dtype=float32; expected int64 or int32"),
 ]
 

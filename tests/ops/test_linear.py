@@ -67,6 +67,7 @@ def test_small_products(lead: tuple[int, ...], weight: Weight, seed: int, offset
     groups=st.integers(5, 20),
     group_size=st.sampled_from([31, 32, 64]),
     asymmetric=st.booleans(),
+    fraction=st.sampled_from([0.0, 0.37]),
     bias=st.booleans(),
     offset=st.sampled_from([0.0, 5.0]),
     seed=seeds,
@@ -77,11 +78,13 @@ def test_products_that_are_done_in_float32(
     groups: int,
     group_size: int,
     asymmetric: bool,
+    fraction: float,
     bias: bool,
     offset: float,
     seed: int,
 ) -> None:
-    weight = make_weight(n, groups, group_size, asymmetric=asymmetric, bias=bias, seed=seed)
+    encoding = {"asymmetric": asymmetric, "fraction": fraction}
+    weight = make_weight(n, groups, group_size, **encoding, bias=bias, seed=seed)
     x = make_tokens((rows, groups * group_size), torch.float32, seed, offset)
     assert_within_bound(x, weight)  # the first call of a weight, and then the kept form
     assert_within_bound(x, weight)
@@ -255,7 +258,7 @@ BAD_OPERANDS = [
     ({"w_packed": torch.zeros(6, 15, dtype=torch.uint8)}, r"got w_packed.shape=\[6, 15\]"),
     ({"w_packed": torch.zeros(16, dtype=torch.uint8)}, r"got w_packed.shape=\[16\]"),
     ({"w_scales": torch.ones(6, 4, dtype=torch.float64)}, r"got w_scales.dtype=float64"),
-    ({"w_zeros": torch.zeros(6, 4)}, r"got w_zeros.dtype=float32; expected int8"),
+    ({"w_zeros": torch.zeros(6, 4).int()}, r"got w_zeros.dtype=int32; expected int8 or float"),
     ({"w_zeros": torch.zeros(6, 3, dtype=torch.int8)}, r"got w_zeros.shape=\[6, 3\]"),
     ({"bias": torch.zeros(5)}, r"got bias.shape=\[5\]; expected \[6\]"),
     ({"bias": torch.zeros(6, dtype=torch.int32)}, r"got bias.dtype=int32"),

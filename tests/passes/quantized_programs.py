@@ -21,6 +21,7 @@ class Form:
     columns: int = 32
     group: int = 16
     asymmetric: bool = False
+    fraction: float = 0.0
     bias: bool = False
     dynamic: bool = True
     low: int = -8
@@ -45,7 +46,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", scales.to(form.dtype))
         zeros = torch.randint(form.low, form.high + 1, shape, generator=generator)
         zeros = zeros if form.asymmetric else torch.zeros_like(zeros)
-        self.register_buffer("zeros", zeros.to(torch.int8))
+        zeros = zeros + form.fraction if form.fraction else zeros.to(torch.int8)
+        self.register_buffer("zeros", zeros)
         # As PT2E stores the encodings of a channel: one dimension.
         self.register_buffer("channel_scales", self.scales[:, 0].clone())
         self.register_buffer("channel_zeros", self.zeros[:, 0].clone())

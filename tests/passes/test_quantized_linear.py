@@ -108,6 +108,28 @@ def test_per_channel_weights_are_one_group() -> None:
         assert find(program, HUB)[0].args[4] == 32
 
 
+@pytest.mark.parametrize("low", [-8, 0])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_zero_points_that_are_no_integers(low: int, dynamic: bool) -> None:
+    form = Form(low=low, high=low + 15, asymmetric=True, fraction=0.37, dynamic=dynamic)
+    module, x = QuantizedLinear(form), torch.randn(3, 32)
+    program, _ = fuse(module, x)
+    assert count(program, HUB if dynamic else WEIGHT_ONLY) == 1
+    assert sqnr_db(reference(module, x), program.to_exported().module()(x)) >= 110.0
+
+
+def test_float_zero_points_that_are_whole_are_stored_as_integers() -> None:
+    program, _ = fuse(QuantizedLinear(Form(asymmetric=True, fraction=1.0)), torch.randn(3, 32))
+    zeros = program.constant(find(program, HUB)[0].args[6])
+    assert zeros is not None and zeros.dtype == torch.int8
+
+
+def test_zero_points_that_are_not_finite_are_refused() -> None:
+    program, _ = fuse(QuantizedLinear(Form(fraction=torch.inf)), torch.randn(3, 32))
+    (row,) = explain_linears(program)
+    assert not row.fused and "not finite" in row.reason
+
+
 def test_unsigned_values_are_shifted_with_their_zero_points() -> None:
     form = Form(low=0, high=15, asymmetric=True)
     module, x = QuantizedLinear(form), torch.randn(3, 32)

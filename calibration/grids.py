@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from edgepass.ops.errors import InvalidArgumentError
 
 MAPPINGS = ("symmetric", "asymmetric", "float_offset")
 # Values a block of rows: it and its scratch stay in the caches, and memory stays bounded.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 
 class WeightSpec(Protocol):
@@ -45,6 +45,16 @@ class RoundedWeight(NamedTuple):
     values: Tensor
     scale: Tensor
     zero_point: Tensor | None
+
+    @staticmethod
+    def joined(parts: Sequence[RoundedWeight]) -> RoundedWeight:
+        """The rows of all ``parts``, one below the other."""
+        zeros = [part.zero_point for part in parts if part.zero_point is not None]
+        return RoundedWeight(
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zeros) if zeros else None,
+        )
 
     def dequantize(self) -> Tensor:
         """The weight that this stands for, float32 ``[N, K]``."""

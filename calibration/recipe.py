@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from edgepass.calibration.recipe_observers import MinMax, Observer
 from edgepass.calibration.recipe_resolution import (
+    Algorithm,
     ModuleRecipe,
     resolve_activations,
     resolve_weights,
 )
-from edgepass.calibration.recipe_section import Section
+from edgepass.calibration.recipe_section import Section, suggest
 from edgepass.calibration.recipe_sections import (
     Activations,
     Backend,
@@ -93,6 +94,24 @@ class Recipe(Section):
                 f"a {granularity}; accepted are recipes by groups, such as 8da4w"
             )
         return self.changed(weights=self.weights.changed(group_size=group_size))
+
+    def with_algorithm(self, algorithm: str) -> Recipe:
+        """The recipe with another weight algorithm by default; what overrides ask for stays.
+
+        Raises InvalidArgumentError for an unknown one.
+        """
+        accepted = get_args(Algorithm)
+        if algorithm not in accepted:
+            raise InvalidArgumentError(
+                f"got weight_algorithm={algorithm!r}{suggest(algorithm, accepted)}"
+            )
+        return self.changed(weights=self.weights.changed(algorithm=algorithm))
+
+    def algorithms(self) -> set[str]:
+        """Every weight algorithm that some module may get."""
+        places: list[tuple[Role, tuple[Override, ...]]] = [("linear", ()), ("head", ())]
+        places += [("embedding", ()), *(("linear", (each,)) for each in self.overrides)]
+        return {self._resolve(*place).weights.algorithm for place in places}
 
     def asked(self) -> dict[str, Any]:
         """What the recipe asks for, as plain values without defaults: what its file holds."""

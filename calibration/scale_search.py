@@ -8,7 +8,6 @@ turns: the scale (and offset) that fits the integers best, then the integers nea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,8 +25,8 @@ from edgepass.calibration.grids import (
 from edgepass.calibration.round_to_nearest import spanning_grid
 
 # By how much the range that spans a group is shrunk, or widened, in the candidates.
-_FACTORS = tuple(0.60 + 0.03 * step for step in range(20))
-_REFINEMENTS = 3
+_FACTORS = tuple(0.64 + 0.04 * step for step in range(14))
+_REFINEMENTS = 2
 
 # Applies the metric in which errors are measured: [N, G, g] -> [N, G, g], symmetric and positive.
 Metric = Callable[[Tensor], Tensor]
@@ -52,52 +51,39 @@ def search_with(weight: Tensor, spec: WeightSpec, metric: Metric) -> RoundedWeig
     size = group_size_of(weight, spec)
     parts = []
     for rows in row_blocks(*weight.shape):
-        parts.append(_search(weight[rows].float().unflatten(1, (-1, size)), spec, metric))
-    values = torch.cat([part.values for part in parts]).to(torch.int8)
-    zeros = [part.zero for part in parts if part.zero is not None]
-    zero = torch.cat(zeros) if zeros else None
-    if zero is not None and spec.mapping == "asymmetric":
-        zero = zero.to(torch.int8)
-    return RoundedWeight(values.flatten(1), torch.cat([part.scale for part in parts]), zero)
+        values, (scale, zero) = _search(weight[rows].float().unflatten(1, (-1, size)), spec, metric)
+        if zero is not None and spec.mapping == "asymmetric":
+            zero = zero.to(torch.int8)
+        parts.append(RoundedWeight(values.flatten(1).to(torch.int8), scale, zero))
+    return RoundedWeight.joined(parts)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Integers ``[N, G, g]`` on a grid ``[N, G]``, and their error ``[N, G]``."""
+def _search(groups: Tensor, spec: WeightSpec, metric: Metric) -> tuple[Tensor, Grid]:
+    """The integers ``[N, G, g]`` and grids ``[N, G]`` of least error."""
 
-    values: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    error: Tensor
-
-    def or_better(self, other: _Choice) -> _Choice:
-        """Group by group the one of less error."""
-        wins = other.error < self.error
-        zero = None
-        if self.zero is not None and other.zero is not None:
-            zero = torch.where(wins, other.zero, self.zero)
-        return _Choice(
-            torch.where(wins.unsqueeze(-1), other.values, self.values),
-            torch.where(wins, other.scale, self.scale),
-            zero,
-            torch.where(wins, other.error, self.error),
-        )
-
-
-def _search(groups: Tensor, spec: WeightSpec, metric: Metric) -> _Choice:
-    def rounded(grid: Grid) -> _Choice:
-        values = round_to(groups, *grid, spec.bits)
-        difference = groups - from_grid(values, *grid)
-        return _Choice(values, *grid, (metric(difference) * difference).sum(-1))
+    def error(grid: Grid) -> Tensor:
+        difference = from_grid(round_to(groups, *grid, spec.bits), *grid).sub_(groups)
+        return (metric(difference) * difference).sum(-1)
 
     grids = _candidates(groups, spec)
-    best = rounded(next(grids))
+    best = next(grids)
+    least = error(best)
     for grid in grids:
-        best = best.or_better(rounded(grid))
+        best, least = _better(best, least, grid, error(grid))
     for _ in range(_REFINEMENTS):
-        grid = fit_grid(groups, best.values, best.zero, spec.mapping, metric)
-        best = best.or_better(rounded(grid))
-    return best
+        values = round_to(groups, *best, spec.bits)
+        grid = fit_grid(groups, values, best[1], spec.mapping, metric)
+        best, least = _better(best, least, grid, error(grid))
+    return round_to(groups, *best, spec.bits), best
+
+
+def _better(best: Grid, least: Tensor, grid: Grid, error: Tensor) -> tuple[Grid, Tensor]:
+    """Group by group the grid of less error, and that error."""
+    wins = error < least
+    zero = None
+    if best[1] is not None and grid[1] is not None:
+        zero = torch.where(wins, grid[1], best[1])
+    return (torch.where(wins, grid[0], best[0]), zero), torch.where(wins, error, least)
 
 
 def _candidates(groups: Tensor, spec: WeightSpec) -> Iterator[Grid]:

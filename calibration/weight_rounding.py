@@ -6,29 +6,48 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from edgepass.calibration.gptq import gptq
 from edgepass.calibration.grids import RoundedWeight, WeightSpec
+from edgepass.calibration.hqq import half_quadratic
+from edgepass.calibration.input_statistics import InputStatistics
 from edgepass.calibration.round_to_nearest import round_to_nearest
 from edgepass.calibration.scale_search import search_scales
+from edgepass.calibration.seqmse import sequential_mse
 from edgepass.ops.errors import InvalidArgumentError
 
-_WITHOUT_DATA: dict[str, Callable[[Tensor, WeightSpec], RoundedWeight]] = {
+_FROM_WEIGHTS: dict[str, Callable[[Tensor, WeightSpec], RoundedWeight]] = {
     "rtn": round_to_nearest,
+    "hqq": half_quadratic,
     "mse": search_scales,
 }
-ALGORITHMS = (*_WITHOUT_DATA,)
+_FROM_INPUTS: dict[str, Callable[[Tensor, WeightSpec, InputStatistics], RoundedWeight]] = {
+    "seqmse": sequential_mse,
+    "gptq": gptq,
+}
+ALGORITHMS = (*_FROM_WEIGHTS, *_FROM_INPUTS)
+NEED_STATISTICS = frozenset(_FROM_INPUTS)
 
 
-def quantize_weight(weight: Tensor, spec: WeightSpec, statistics: None = None) -> RoundedWeight:
+def quantize_weight(
+    weight: Tensor, spec: WeightSpec, statistics: InputStatistics | None = None
+) -> RoundedWeight:
     """Round a float ``weight`` ``[N, K]`` by ``spec``, whose ``algorithm`` is one of ALGORITHMS.
+
+    ``statistics`` of the layer's inputs are what ``seqmse`` and ``gptq`` go by; without them (an
+    embedding, whose inputs are ids) the nearest that needs none takes their place: ``mse``.
 
     Returns ``(values int8 [N, K], scale float32 [N, G], zero_point [N, G] or None)``.
 
     Raises InvalidArgumentError for an unknown algorithm and for what ``grids.group_size_of``
-    refuses.
+    refuses, CalibrationError for statistics of another layer.
     """
-    if spec.algorithm not in _WITHOUT_DATA:
+    if spec.algorithm not in ALGORITHMS:
         raise InvalidArgumentError(
             f"unknown weight algorithm: got algorithm={spec.algorithm!r}, accepted are "
             f"{', '.join(ALGORITHMS)}"
         )
-    return _WITHOUT_DATA[spec.algorithm](weight, spec)
+    if spec.algorithm in _FROM_WEIGHTS:
+        return _FROM_WEIGHTS[spec.algorithm](weight, spec)
+    if statistics is None:
+        return search_scales(weight, spec)
+    return _FROM_INPUTS[spec.algorithm](weight, spec, statistics)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from edgepass.lowering.lower import BACKENDS, DTYPES, LoweredProgram, check_choi
 from edgepass.lowering.lower import lower as lower_program
 from edgepass.lowering.recipe_legality import check_legality, check_modules
 from edgepass.models.decoder import StaticCacheDecoder, export_decoder
-from edgepass.models.load import load_model
+from edgepass.models.load import load_blocks, load_model
+from edgepass.ops.errors import InvalidArgumentError
 from edgepass.passes.pipelines import fusion_pipeline
 from edgepass.passes.program import WorkingProgram
 
@@ -29,14 +31,23 @@ __all__ = [
     "choose_recipe",
     "explain",
     "export_quantized",
+    "load_blocks",
     "load_model",
     "lower",
     "short_context",
 ]
 
 
+# 4-bit weights by the path of their module: integers, scales, zero points or None.
+Blocks = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
+
+
 def check_options(
-    backend: str, recipe: AnyRecipe, dtype: str, group_size: int | None = None
+    backend: str,
+    recipe: AnyRecipe,
+    dtype: str,
+    group_size: int | None = None,
+    weight_algorithm: str | None = None,
 ) -> Recipe:
     """Return the recipe that is meant.
 
@@ -45,16 +56,33 @@ def check_options(
     """
     check_choice("backend", backend, BACKENDS)
     check_choice("dtype", dtype, DTYPES)
-    chosen = choose_recipe(recipe, group_size)
+    chosen = choose_recipe(recipe, group_size, weight_algorithm)
     check_training(chosen, None)
     check_legality(chosen, backend)
     return chosen
 
 
-def choose_recipe(recipe: AnyRecipe, group_size: int | None = None) -> Recipe:
-    """The recipe of that name or file, with another group size if one is given."""
+def choose_recipe(
+    recipe: AnyRecipe, group_size: int | None = None, weight_algorithm: str | None = None
+) -> Recipe:
+    """The recipe of that name or file, with another group size or algorithm if one is given."""
     chosen = find_recipe(recipe)
-    return chosen if group_size is None else chosen.with_group_size(group_size)
+    if group_size is not None:
+        chosen = chosen.with_group_size(group_size)
+    return chosen if weight_algorithm is None else chosen.with_algorithm(weight_algorithm)
+
+
+def check_blocks(blocks: Blocks | None, backend: str) -> None:
+    """Refuse blocks with offsets on a backend whose int4 kernel is symmetric.
+
+    Raises InvalidArgumentError.
+    """
+    offset = [name for name, (_, _, zero) in (blocks or {}).items() if zero is not None]
+    if offset and backend == "xnnpack":
+        raise InvalidArgumentError(
+            f"got blocks with offsets (Q4_1) for {offset[0]} on backend=xnnpack, whose int4 kernel "
+            "is symmetric; accepted are backend=vulkan, Q4_0 files, or a recipe without the blocks"
+        )
 
 
 def short_context(model: Any) -> int:
@@ -71,6 +99,8 @@ def lower(
     context: int = 1024,
     check: bool = False,
     train: Train | None = None,
+    chunks: Tensor | None = None,
+    blocks: Blocks | None = None,
     **options: Any,
 ) -> LoweredProgram:
     """Lower a ``transformers`` causal language model, or any exported program.
@@ -78,7 +108,9 @@ def lower(
     An ExportedProgram is taken as it is (``recipe``, ``group_size`` and ``context`` do not apply).
     A model is quantized in place by ``recipe`` (a preset's name, a recipe file's path or a Recipe;
     ``group_size`` takes the place of its own; ``train`` is for recipes of quantization-aware
-    training, as in ``quantize_model``), given a KV cache of ``context`` tokens and exported.
+    training, as in ``quantize_model``; its weight algorithm may need ``chunks`` to calibrate on,
+    token ids int64 ``[C, T]``; ``blocks``, of ``load_blocks``, are 4-bit weights of a GGUF file,
+    taken as they are), given a KV cache of ``context`` tokens and exported.
     ``check`` runs the finished program on the host and reports how near it comes to the eager fused
     program and to the unquantized model (``report["numerics"]``): on ``sample_inputs`` if these are
     given, else the program's examples, or a few random tokens. ``options`` are those of
@@ -99,7 +131,9 @@ def lower(
     check_training(chosen, train)
     check_modules(chosen, model, backend)
     samples, unquantized = _decoder_check(model, context, options) if check else ((), None)
-    program = export_quantized(model, chosen, context, train)
+    check_blocks(blocks, backend)
+    progress = options.get("progress")
+    program = export_quantized(model, chosen, context, chunks, progress, blocks, train)
     config: Any = model.config
     facts = {
         "group_size": chosen.for_module("").weights.group_size,
@@ -138,12 +172,20 @@ def _end_tokens(model: Any) -> list[int]:
 
 
 def export_quantized(
-    model: nn.Module, recipe: AnyRecipe, context: int, train: Train | None = None
+    model: nn.Module,
+    recipe: AnyRecipe,
+    context: int,
+    chunks: Tensor | None = None,
+    progress: Callable[..., None] | None = None,
+    blocks: Blocks | None = None,
+    train: Train | None = None,
 ) -> ExportedProgram:
     """Quantize ``model`` in place and export it as a decoder with a static cache."""
     chosen = find_recipe(recipe)
     decoder = StaticCacheDecoder(model, context)
-    quantize_model(model, chosen, train=train)
+    on_layer = None if progress is None else partial(progress, "quantize layer")
+    options: dict[str, Any] = {"chunks": chunks, "on_layer": on_layer, "blocks": blocks}
+    quantize_model(model, chosen, train=train, **options)
     return export_decoder(decoder)
 
 

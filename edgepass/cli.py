@@ -35,6 +35,16 @@ Backend = Annotated[str, typer.Option(help="xnnpack, vulkan or (lower only) qnn.
 GroupSize = Annotated[
     int | None, typer.Option(help="Weights that share one scale, instead of the recipe's.")
 ]
+WeightAlgorithm = Annotated[
+    str | None, typer.Option(help="rtn, hqq, mse, seqmse or gptq, instead of the recipe's.")
+]
+KeepBlocks = Annotated[
+    bool, typer.Option("--keep-blocks", help="Take a GGUF file's own 4-bit blocks as they are.")
+]
+TextTokens = Annotated[
+    int | None,
+    typer.Option(help="Calibrate on this many: 1024 by default for qnn, else 32768.", min=2),
+]
 Layers = Annotated[int | None, typer.Option(help="Keep the first N layers only.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
@@ -95,9 +105,9 @@ def lower(
     ] = None,
     prefill_chunk: Annotated[int, typer.Option(help="qnn: tokens prefilled a call.")] = 128,
     calibration: Annotated[
-        Path | None, typer.Option(help="qnn: the UTF-8 text, or .jsonl, to calibrate on.")
+        Path | None, typer.Option(help="The text or .jsonl to calibrate on: qnn, seqmse, gptq.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="qnn: so many of its tokens.")] = 1024,
+    calibration_tokens: TextTokens = None,
     encodings_file: Annotated[
         Path | None,
         typer.Option("--encodings", help="qnn: an encodings.json, in place of calibrating."),
@@ -105,6 +115,8 @@ def lower(
     calibration_num_threads: Annotated[
         int | None, typer.Option(help="qnn: calibrate with these, not with the best found.")
     ] = None,
+    weight_algorithm: WeightAlgorithm = None,
+    keep_blocks: KeepBlocks = False,
     as_json: Json = False,
 ) -> None:
     """Quantize, fuse and lower a model into a folder that `run` and `eval` read."""
@@ -113,7 +125,13 @@ def lower(
         from edgepass.qnn import QnnOptions
         from edgepass.qnn_commands import check_foreign_options, lower_command
 
-        check_foreign_options(backend, group_size=(group_size, None), dtype=(dtype, "fp32"))
+        check_foreign_options(
+            backend,
+            group_size=(group_size, None),
+            dtype=(dtype, "fp32"),
+            weight_algorithm=(weight_algorithm, None),
+            keep_blocks=(keep_blocks, False),
+        )
         _check_writable(out)
         sizes = read_block_sizes(block_size_for or ())
         threads = calibration_num_threads
@@ -121,15 +139,8 @@ def lower(
             soc, recipe, block_size, kv_bits, prefill_chunk, context, sizes, threads
         )
         report = lower_command(
-            model,
-            out,
-            options,
-            calibration,
-            calibration_tokens,
-            layers,
-            trust_remote_code,
-            check,
-            encodings_file,
+            *(model, out, options, calibration, calibration_tokens or 1024),
+            *(layers, trust_remote_code, check, encodings_file),
         )
         if report is not None:
             console.show(report, as_json, lambda: console.print_qnn_report(report, out))
@@ -138,8 +149,10 @@ def lower(
         progress("load")
         from edgepass import api
         from edgepass.qnn_commands import check_foreign_options
+        from edgepass.weight_calibration import check_text, read_text
 
-        chosen = api.check_options(backend, recipe, dtype, group_size)
+        chosen = api.check_options(backend, recipe, dtype, group_size, weight_algorithm)
+        check_text(chosen, calibration, calibration_tokens)
         check_foreign_options(
             backend,
             soc=(soc, "SM8650"),
@@ -147,8 +160,6 @@ def lower(
             block_size_for=(block_size_for, None),
             kv_bits=(kv_bits, None),
             prefill_chunk=(prefill_chunk, 128),
-            calibration=(calibration, None),
-            calibration_tokens=(calibration_tokens, 1024),
             encodings=(encodings_file, None),
             calibration_num_threads=(calibration_num_threads, None),
         )
@@ -160,6 +171,8 @@ def lower(
             loaded,
             backend=backend,
             recipe=chosen,
+            chunks=read_text(tokenizer, calibration, calibration_tokens),
+            blocks=api.load_blocks(model, loaded) if keep_blocks else None,
             context=context,
             dtype=dtype,
             check=check,
@@ -200,6 +213,12 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Read this many tokens only.")] = None,
     layers: Layers = None,
     trust_remote_code: Trust = False,
+    weight_algorithm: WeightAlgorithm = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="The UTF-8 text that seqmse and gptq are calibrated on.")
+    ] = None,
+    calibration_tokens: TextTokens = None,
+    keep_blocks: KeepBlocks = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a text, by a lowered program or an eager model."""
@@ -218,7 +237,8 @@ def evaluate(
             console.tell_simulated(subject.simulated)
         else:
             subject = Subject.of_model(
-                str(model), context, recipe, group_size, layers, trust_remote_code
+                *(str(model), context, recipe, group_size, layers, trust_remote_code),
+                *(weight_algorithm, calibration, calibration_tokens, keep_blocks),
             )
         result = subject.perplexity(text, context, max_tokens, partial(progress, "window"))
     shown = f"perplexity {result.perplexity:.4f} over {result.tokens} tokens"

@@ -10,7 +10,7 @@ from typing import Any
 from edgepass.api import choose_recipe
 from edgepass.calibration.recipes import check_training, quantize_model
 from edgepass.generation import load_decoder
-from edgepass.models.load import load_model, load_tokenizer
+from edgepass.models.load import load_blocks, load_model, load_tokenizer
 from edgepass.models.rotary import longest_context
 from edgepass.ops.errors import InvalidArgumentError
 from edgepass.perplexity import (
@@ -21,6 +21,7 @@ from edgepass.perplexity import (
     perplexity,
     read_tokens,
 )
+from edgepass.weight_calibration import check_text, read_text
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,35 @@ class Subject:
         group_size: int | None = None,
         layers: int | None = None,
         trust_remote_code: bool = False,
+        weight_algorithm: str | None = None,
+        calibration: Path | None = None,
+        calibration_tokens: int | None = None,
+        keep_blocks: bool = False,
     ) -> Subject:
         """Load a model to run eagerly, quantized by ``recipe`` if one is given.
+
+        ``weight_algorithm`` takes the place of the recipe's; ``calibration`` is the text that it
+        may need. ``keep_blocks`` takes the 4-bit blocks of a GGUF file as they are.
 
         Raises InvalidArgumentError for an unknown recipe, a group size that does not fit, or a
         ``context`` beyond the model's.
         """
-        chosen = None if recipe is None else choose_recipe(recipe, group_size)
-        if chosen is not None:
+        chosen = None
+        if recipe is not None:
+            chosen = choose_recipe(recipe, group_size, weight_algorithm)
             check_training(chosen, None)
+        elif weight_algorithm is not None:
+            raise InvalidArgumentError(
+                f"got weight_algorithm={weight_algorithm} without a recipe, accepted is --recipe "
+                "with it"
+            )
+        check_text(chosen, calibration, calibration_tokens)
         model, tokenizer = load_model(spec, layers=layers, trust_remote_code=trust_remote_code)
         _check_context(context, longest_context(model.config))
         if chosen is not None:
-            quantize_model(model, chosen)
+            chunks = read_text(tokenizer, calibration, calibration_tokens)
+            blocks = load_blocks(spec, model) if keep_blocks else None
+            quantize_model(model, chosen, chunks=chunks, blocks=blocks)
         return Subject(tokenizer, of_model(model))
 
     def perplexity(

@@ -53,14 +53,18 @@ class GgufFile:
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
+    def read(self, name: str) -> np.ndarray:
+        """The bytes of tensor ``name``, uint8, as they are stored."""
+        tensor = self.tensors[name]
+        return np.fromfile(self.path, dtype=np.uint8, count=tensor.size, offset=tensor.start)
+
     def dequantize(self, name: str) -> Tensor:
         """Return tensor ``name`` as float32, in the shape of its :class:`GgufTensor`."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
-        raw = np.fromfile(self.path, dtype=np.uint8, count=tensor.size, offset=tensor.start)
-        rows = raw.reshape(*tensor.shape[:-1], -1)
+        rows = self.read(name).reshape(*tensor.shape[:-1], -1)
         values = dequantize(rows, GGMLQuantizationType(tensor.kind))
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 

@@ -76,7 +76,7 @@ def load_gguf_weights(file: GgufFile, config: Any, dtype: torch.dtype) -> Any:
         shapes = {name: w.shape for name, w in model_class(config).state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    stored = _name_map(file, config)
+    stored = name_map(file, config)
     state = {name: _weight(file, config, name, stored(name), shapes[name]) for name in shapes}
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     if "rope_freqs.weight" in file.tensors:
@@ -93,18 +93,24 @@ def _weight(file: GgufFile, config: Any, name: str, stored_name: str, shape: tor
             f"path={file.path}; its metadata ask for {list(shape)}"
         )
     weight = file.dequantize(stored_name)
-    if config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
-        return _halves_from_pairs(weight, config.head_dim)
+    if stores_pairs(config, name):
+        return halves_from_pairs(weight, config.head_dim)
     return weight
 
 
-def _halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
+def stores_pairs(config: Any, name: str) -> bool:
+    """Whether llama.cpp stores the rows of this weight with rotary pairs side by side."""
+    return config.model_type == "llama" and ("q_proj" in name or "k_proj" in name)
+
+
+def halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
     """Undo llama.cpp's order of Q and K rows (rotary pairs side by side): rows ``[H * D, ...]``."""
     heads = weight.unflatten(0, (-1, head_dim // 2, 2))
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
-def _name_map(file: GgufFile, config: Any) -> Callable[[str], str]:
+def name_map(file: GgufFile, config: Any) -> Callable[[str], str]:
+    """What the file calls a parameter that ``transformers`` calls by a name."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}[config.model_type]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from edgepass.models.architecture import check_architecture, first_line
+from edgepass.models.gguf_blocks import BlockWeight, read_blocks
 from edgepass.models.gguf_file import read_gguf
 from edgepass.models.gguf_model import gguf_config, load_gguf_weights
 from edgepass.ops.errors import CheckpointError, InvalidArgumentError
@@ -55,6 +56,17 @@ def load_model(
         load = _load_gguf if path is not None and path.suffix == ".gguf" else _load_pretrained
         model, tokenizer = load(path or Path(spec), layers, dtype, trust_remote_code)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def load_blocks(spec: str, model: Any) -> dict[str, BlockWeight]:
+    """The 4-bit blocks of the GGUF file that ``model`` was loaded from, by path of a module.
+
+    Raises CheckpointError for what is no GGUF file, or one without such blocks.
+    """
+    path = _resolve(spec)
+    if path is None or path.suffix != ".gguf":
+        raise CheckpointError(f"no blocks to keep: got model={spec}, accepted are .gguf files")
+    return read_blocks(read_gguf(path), model)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -59,7 +59,6 @@ class WorkingProgram:
         self._outputs = list(exported.graph_signature.output_specs)
         self._derived: dict[Hashable, Node] = {}
         self._fake_mode = detect_fake_mode([each.meta.get("val") for each in self.placeholders])
-        self._fakes: dict[Hashable, torch.Tensor] = {}
         self._after_constants: Node | None = None
         self.find_mutations()
 
@@ -217,15 +216,16 @@ class WorkingProgram:
         node.meta["val"] = self._fake(tensor)
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the fake value of a constant; equal forms share one, since making it is slow."""
+        """Return the fake value of a constant.
+
+        Each constant has its own: retraced, two caches of one value would be one buffer.
+        """
         if self._fake_mode is None:
             return tensor
-        form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        fake = self._fakes.get(form)
-        if fake is None:
-            meta = torch.empty_strided(*form[:2], dtype=tensor.dtype, device="meta")
-            fake = self._fakes[form] = FakeTensor(self._fake_mode, meta, tensor.device)
-        return fake
+        shape = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+        )
+        return FakeTensor(self._fake_mode, shape, tensor.device)
 
     def remove_dead_calls(self) -> int:
         """Erase calls without users and without effects, and return how many.

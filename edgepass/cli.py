@@ -43,7 +43,7 @@ KeepBlocks = Annotated[
 ]
 TextTokens = Annotated[
     int | None,
-    typer.Option(help="Calibrate on this many: 1024 by default for qnn, else 32768.", min=2),
+    typer.Option(help="Calibrate on this many: 1024 by default for qnn, else 32768."),
 ]
 Layers = Annotated[int | None, typer.Option(help="Keep the first N layers only.")]
 Trust = Annotated[
@@ -139,7 +139,13 @@ def lower(
             soc, recipe, block_size, kv_bits, prefill_chunk, context, sizes, threads
         )
         report = lower_command(
-            *(model, out, options, calibration, calibration_tokens or 1024),
+            *(
+                model,
+                out,
+                options,
+                calibration,
+                1024 if calibration_tokens is None else calibration_tokens,
+            ),
             *(layers, trust_remote_code, check, encodings_file),
         )
         if report is not None:

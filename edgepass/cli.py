@@ -138,14 +138,9 @@ def lower(
         options = QnnOptions(
             soc, recipe, block_size, kv_bits, prefill_chunk, context, sizes, threads
         )
+        tokens = 1024 if calibration_tokens is None else calibration_tokens
         report = lower_command(
-            *(
-                model,
-                out,
-                options,
-                calibration,
-                1024 if calibration_tokens is None else calibration_tokens,
-            ),
+            *(model, out, options, calibration, tokens),
             *(layers, trust_remote_code, check, encodings_file),
         )
         if report is not None:

@@ -41,4 +41,5 @@ def read_text(tokenizer: Any, text: Path | None, tokens: int | None) -> Tensor |
     """
     if text is None:
         return None
-    return read_chunks(tokenizer, text, *chunks_of(tokens or DEFAULT_TOKENS, _CHUNK))
+    wanted = DEFAULT_TOKENS if tokens is None else tokens
+    return read_chunks(tokenizer, text, *chunks_of(wanted, _CHUNK))

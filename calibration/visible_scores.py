@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -58,10 +59,12 @@ def visible_scores(scores: Tensor, mask: Tensor, margin: float) -> Tensor:
     group of ``G`` heads follow each other. Without a visible score all stay.
     """
     rows = scores.reshape(-1, *mask.shape[-2:])
-    shown = (mask.reshape(mask.shape[-2:]) == 0).expand_as(rows)
-    if not shown.any():
+    shown = mask.reshape(mask.shape[-2:]) == 0
+    # Not by picking the visible ones: that copies them, at four times the cost.
+    least = rows.where(shown, torch.inf).amin()
+    if least == torch.inf:
         return scores
-    return rows.where(shown, rows[shown].min() - margin).reshape(scores.shape)
+    return rows.where(shown, least - margin).reshape(scores.shape)
 
 
 def _look_through(prepared: GraphModule, value: Node, mask: Node, margin: float) -> None:

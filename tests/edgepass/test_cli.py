@@ -200,6 +200,7 @@ def test_wrong_usage_is_exit_code_2(command, arguments) -> None:
     assert "Usage: edgepass" in err
 
 
+@pytest.mark.nightly  # by timing: a quick machine is done before the interrupt
 def test_interrupting_leaves_no_file(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ["lower", "--model", checkpoint, "--backend", "xnnpack", "--context", 16]
     arguments += ["--out", tmp_path / "out"]

@@ -200,7 +200,6 @@ def test_wrong_usage_is_exit_code_2(command, arguments) -> None:
     assert "Usage: edgepass" in err
 
 
-@pytest.mark.nightly  # by timing: a quick machine is done before the interrupt
 def test_interrupting_leaves_no_file(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ["lower", "--model", checkpoint, "--backend", "xnnpack", "--context", 16]
     arguments += ["--out", tmp_path / "out"]
@@ -210,6 +209,8 @@ def test_interrupting_leaves_no_file(checkpoint: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A run of the tests in a shell's background ignores interrupts, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     while "edgepass: fuse" not in process.stderr.readline():

@@ -22,9 +22,9 @@ from edgepass.calibration.thread_sweep import ThreadChoice
 from edgepass.calibration.tuned_threads import (
     choose_calibration_threads,
     choose_decode_threads,
-    kept_threads,
 )
 from edgepass.models.load import load_model
+from edgepass.ops.threads import torch_threads
 from measuring import in_turn, machine, paired_ratio, table
 
 
@@ -58,7 +58,7 @@ def rows(choice: ThreadChoice, run: Callable[[], Any], rounds: int) -> list[list
     """One row a candidate: threads, probe and model to the chosen count, and the model's time."""
     trials = {trial.threads: trial for trial in choice.sweep.trials} if choice.sweep else {}
     counts = thread_candidates(cpu_limits())
-    with kept_threads():
+    with torch_threads():
         samples = in_turn({str(count): timed(run, count) for count in counts}, rounds)
     chosen = samples[str(choice.threads)]
     return [

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from edgepass.calibration.identity import identity_of
 from edgepass.calibration.observe import check_observers
 from edgepass.calibration.workers import Workers
 from edgepass.ops.errors import EncodingError
+from edgepass.ops.threads import torch_threads
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Run:
     def over(self, chunks: Sequence[Tensor], inputs: Callable[[Tensor], tuple[Any, ...]]) -> None:
         share, started = self.workers.share(len(chunks)), time.perf_counter()
         before = self._resume()
-        with _threads(self.threads):
+        with torch_threads(self.threads):
             for number in share[before:]:
                 self._tell(len(share))
                 self.rows.append(self.collector.run(inputs(chunks[number])))
@@ -137,13 +137,3 @@ class _Run:
             own = {k: tensors[f"{name}.{k}"].clone() for k in stream.state_dict()}
             stream.load_state_dict(own)
         return len(self.rows)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -71,37 +71,26 @@ def observe_layers(model: Any, chunk: Tensor) -> list[DecoderLayer]:
     return [DecoderLayer(path, module, arguments[path]) for path, module in layers]
 
 
-@torch.no_grad()
 def first_hidden_states(model: Any, chunks: Tensor) -> list[Tensor]:
     """What the first layer is given for each of ``chunks`` ``[C, T]``: ``[1, T, D]`` each."""
-    found: list[Tensor] = []
+    return list(_inputs_of(find_layers(model)[0][1], model, chunks))
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
-        raise _Stop
 
-    handle = find_layers(model)[0][1].register_forward_pre_hook(hook)
-    try:
-        for chunk in chunks:
-            try:
-                model(chunk[None], use_cache=False)
-            except _Stop:
-                continue
-    finally:
-        handle.remove()
-    return found
+def final_hidden_states(model: Any, chunks: Tensor) -> Iterator[Tensor]:
+    """What the head is given for each of ``chunks`` ``[C, T]``: ``[1, T, D]`` each."""
+    return _inputs_of(model.get_output_embeddings(), model, chunks)
 
 
 @torch.no_grad()
-def final_hidden_states(model: Any, chunks: Tensor) -> Iterator[Tensor]:
-    """What the head is given for each of ``chunks`` ``[C, T]``: ``[1, T, D]`` each."""
+def _inputs_of(module: nn.Module, model: Any, chunks: Tensor) -> Iterator[Tensor]:
+    """The first argument of ``module`` for each chunk; the model runs no further."""
     found: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         found.append(args[0])
         raise _Stop
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook)
     try:
         for chunk in chunks:
             try:

@@ -10,6 +10,7 @@ ratio. (The stock HistogramObserver stretches its bins with every batch.)
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,9 +95,9 @@ class ElementObserver(UniformQuantizationObserverBase):
         low, high = self.chosen_range() if self.counts.any() else (self.min_val, self.max_val)
         return self._calculate_qparams(torch.as_tensor(low), torch.as_tensor(high))
 
+    @abstractmethod
     def chosen_range(self) -> tuple[Tensor, Tensor]:
         """The least and the largest value that are to be encoded without clipping."""
-        raise NotImplementedError
 
     def _edges(self) -> Tensor:
         """The lower edge of each bin and the upper one of the last, float64 ``[bins + 1]``."""

@@ -17,7 +17,6 @@ from edgepass.calibration.grids import (
     WeightSpec,
     from_grid,
     group_size_of,
-    integer_range,
     round_to,
     row_blocks,
 )
@@ -57,7 +56,6 @@ def half_quadratic(weight: Tensor, spec: WeightSpec) -> RoundedWeight:
 def _with_offsets(weight: Tensor, spec: WeightSpec, size: int) -> RoundedWeight:
     groups = weight.float().unflatten(1, (-1, size))
     scale, zero = spanning_grid(groups, spec.bits)
-    low, high = integer_range(spec.bits)
     best, beta = torch.full_like(scale, torch.inf), _BETA
     kept = zero
     for _ in range(_ROUNDS):
@@ -69,5 +67,5 @@ def _with_offsets(weight: Tensor, spec: WeightSpec, size: int) -> RoundedWeight:
         outliers = residual.sign() * shrunk.clamp(min=0)
         zero = (values - (groups - outliers) / scale.unsqueeze(-1)).mean(-1)
         beta *= _GROWTH
-    values = round_to(groups, scale, kept, spec.bits).clamp(low, high)
+    values = round_to(groups, scale, kept, spec.bits)
     return RoundedWeight(values.flatten(1).to(torch.int8), scale, kept)

@@ -45,7 +45,11 @@ def round_decoder(
     rounding = _Rounding(specs)
     names = {module: name for name, module in model.named_modules()}
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head.weight is table.weight and specs.get(names[head]) == specs.get(names[table])
+    tied = head.weight is table.weight
+    if tied and specs.get(names[head]) != specs.get(names[table]):
+        # Each is rounded in place from the float values, not from what the other became.
+        head.weight = nn.Parameter(table.weight.detach().clone(), requires_grad=False)
+        tied = False
     wanted = names[head] in specs
     layers = observe_layers(model, chunks[0])
     if tied and wanted:

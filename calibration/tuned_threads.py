@@ -12,6 +12,7 @@ from edgepass.calibration.cpu_limits import CpuLimits, cpu_limits
 from edgepass.calibration.thread_candidates import check_threads, thread_candidates
 from edgepass.calibration.thread_probe import ModelShapes, Probe
 from edgepass.calibration.thread_sweep import SHARE, ThreadChoice, sweep_threads
+from edgepass.ops.threads import torch_threads
 
 # The fewest tokens of a chunk that are timed.
 FEWEST_ROWS = 32
@@ -33,7 +34,7 @@ def tuned_threads(
     without linears.
     """
     limits = cpu_limits()
-    with kept_threads():
+    with torch_threads():
         if override is not None:
             check_threads("calibration_num_threads", override, limits)
             choice = ThreadChoice(override, "given")
@@ -44,16 +45,6 @@ def tuned_threads(
             choice = choose_calibration_threads(model, tokens, chunk, limits=limits)
         torch.set_num_threads(choice.threads)
         yield choice
-
-
-@contextmanager
-def kept_threads() -> Iterator[None]:
-    """Restore torch's thread count afterwards."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def choose_calibration_threads(
@@ -82,7 +73,7 @@ def choose_calibration_threads(
     if budget_s is None and pilot > _PILOT_SHARE * shapes.flops(chunk) * forwards:
         return ThreadChoice(present, f"as set: {tokens} tokens are too few to pay for a sweep")
     rows = range(fewest, chunk + 1)
-    with kept_threads():
+    with torch_threads():
         return sweep_threads(candidates, present, measure_rows, rows, forwards, budget_s)
 
 
@@ -105,7 +96,7 @@ def choose_decode_threads(
     def measure_rows(rows: int) -> Probe:
         return Probe(shapes, 1, rows, past)
 
-    with kept_threads():
+    with torch_threads():
         return sweep_threads(candidates, present, measure_rows, range(1, 2), tokens, budget_s)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from edgepass.ops.errors import InvalidArgumentError, ProgramError
+from edgepass.ops.threads import torch_threads
 
 # Larger chunks gain nothing on a CPU and hold larger score matrices.
 PREFILL_CHUNK = 128
@@ -161,7 +162,7 @@ def generate(
 
 
 def _likeliest(logits: torch.Tensor) -> int:
-    # By numpy: torch would start its workers for so long a vector (see _one_torch_thread).
+    # By numpy: torch would start its workers for so long a vector (see _load).
     return int(logits.numpy().argmax())
 
 
@@ -243,7 +244,9 @@ def _load(path: Path) -> Callable[[list[torch.Tensor]], Any]:
 
     def run(inputs: list[torch.Tensor], _program: Any = program) -> Any:
         # The method points into the program: both must live.
-        with _one_torch_thread():
+        # The binding copies the logits with torch, whose workers then spin on the runtime's cores:
+        # on two cores that costs a quarter of a step.
+        with torch_threads(1):
             return method.execute(inputs)
 
     return run
@@ -255,20 +258,6 @@ def _load_simulated(path: Path) -> Callable[[list[torch.Tensor]], Any]:
     program = SimulatedProgram(path)
     program.method()  # what cannot be run is told when it is loaded
     return program.run
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Keep torch's workers, which spin for a while after each copy, off the runtime's cores.
-
-    The binding copies the logits with torch; on two cores the spinning costs a quarter of a step.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import nn
 from edgepass.calibration.decoder_layers import first_hidden_states, observe_layers
 from edgepass.calibration.grids import RoundedWeight
 from edgepass.calibration.sequential import round_decoder
+from edgepass.calibration.weight_rounding import quantize_weight
 from edgepass.ops.errors import CalibrationError
 from tests.calibration.rounding_cases import Spec
 from tests.models.tiny_models import tiny_model
@@ -45,6 +46,22 @@ def test_layers_alone_are_the_model(family: str) -> None:
         for index, layer in enumerate(observe_layers(model, chunks()[0])[:-1]):
             hidden = [layer.run(states) for states in hidden]
             torch.testing.assert_close(torch.cat(hidden), expected[index + 1])
+
+
+def test_a_tied_head_of_its_own_bits_is_rounded_from_the_float_values() -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    values = model.get_input_embeddings().weight.detach().clone()
+    asked = specs(model, "mse")
+    (head,) = (name for name, module in model.named_modules() if module is model.lm_head)
+    asked[head] = Spec(8, 8, algorithm="mse")
+    found = round_decoder(model, asked, chunks())
+    expected = quantize_weight(values, asked[head])
+    assert torch.equal(found[head].dequantize(), expected.dequantize())
+    del asked[head]
+    again = tiny_model("llama", tie_word_embeddings=True)
+    again.load_state_dict({"lm_head.weight": values}, strict=False)
+    round_decoder(again, asked, chunks())
+    assert torch.equal(again.get_output_embeddings().weight, values)
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("gemma3_text", False)])

@@ -6,8 +6,8 @@ from torch import nn
 
 from edgepass.calibration import thread_probe
 from edgepass.calibration.thread_probe import ModelShapes, Probe
-from edgepass.calibration.tuned_threads import kept_threads
 from edgepass.ops.errors import InvalidArgumentError
+from edgepass.ops.threads import torch_threads
 from tests.models.tiny_models import tiny_model
 
 
@@ -52,7 +52,7 @@ def test_a_measurement_stands_for_the_whole_forward(monkeypatch, rows: int) -> N
     monkeypatch.setattr(thread_probe, "_MOST_OUTPUTS", 48)
     shapes = ModelShapes(tiny_model("llama"))
     probe = Probe(shapes, tokens=32, rows=rows)
-    with kept_threads():
+    with torch_threads():
         assert [probe(1) for _ in range(5)] == pytest.approx([shapes.flops(32)] * 5)
 
 
@@ -60,7 +60,7 @@ def test_the_flops_of_one_pass(monkeypatch) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     probe = Probe(ModelShapes(tiny_model("llama")), tokens=32, rows=8, past=16)
-    with kept_threads(), FlopCounterMode(display=False) as counter:
+    with torch_threads(), FlopCounterMode(display=False) as counter:
         probe(1)
     assert probe.flops == counter.get_total_flops()
 
@@ -76,7 +76,7 @@ def test_passes_take_the_layers_in_turn_and_set_the_threads(monkeypatch) -> None
 
     monkeypatch.setattr(nn.functional, "linear", spy)
     probe = Probe(ModelShapes(model), tokens=4, rows=4)
-    with kept_threads():
+    with torch_threads():
         for threads in (1, 2, 1):
             assert probe(threads) > 0
     assert {pointer for pointer, _ in seen} == {layer.weight.data_ptr() for layer in model}

@@ -130,8 +130,8 @@ def lower(
     plan_modules(model, chosen)
     check_training(chosen, train)
     check_modules(chosen, model, backend)
-    samples, unquantized = _decoder_check(model, context, options) if check else ((), None)
     check_blocks(blocks, backend)
+    samples, unquantized = _decoder_check(model, context, options) if check else ((), None)
     progress = options.get("progress")
     program = export_quantized(model, chosen, context, chunks, progress, blocks, train)
     config: Any = model.config

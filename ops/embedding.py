@@ -20,9 +20,8 @@ def embedding_qg(
     """Look up rows of a quantized table: ``(weight[ids] - zero) * scale`` by groups.
 
     weight: uint8 ``[V, ceil(K/2)]`` in the linear layout (bits=4) or int8 ``[V, K]`` (bits=8);
-    scales: float ``[V, K/group_size]``; zeros: int8 or float of that shape, or
-    None; ids: int32 or int64.
-    Returns ``ids.shape + [K]`` in the dtype of ``scales``.
+    scales: float ``[V, K/group_size]``; zeros: int8 or float of that shape, or None;
+    ids: int32 or int64. Returns ``ids.shape + [K]`` in the dtype of ``scales``.
     """
     k = _check_embedding(weight, scales, zeros, group_size, bits, ids)
     rows = ids.reshape(-1)

@@ -36,8 +36,8 @@ def linear_qta8a_qga4w(
     """Linear of quantized activations, int8 ``[..., K]``, to ``[..., N]`` in w_scales' dtype.
 
     x_scale: float ``[...]``; x_zero: int8 or int32 ``[...]`` (one encoding a token); w_packed:
-    uint8 ``[N, ceil(K/2)]`` in the linear layout; w_scales: float and w_zeros: int8
-    or float, ``[N, K/group_size]``; bias: float ``[N]``.
+    uint8 ``[N, ceil(K/2)]`` in the linear layout; w_scales: float and w_zeros: int8 or
+    float, ``[N, K/group_size]``; bias: float ``[N]``.
     """
     _check_quantized(x_q, x_scale, x_zero)
     _check_weight(_NAME, x_q, w_packed, group_size, w_scales, w_zeros, bias)

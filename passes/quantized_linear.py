@@ -22,9 +22,8 @@ class FuseQuantizedLinear(GraphPass):
     views) of a dynamically quantized activation and an int4 weight becomes one operator on the
     activation's ``edgepass::quantize_per_token``, of which there is one for each activation. With
     a float activation it becomes ``edgepass::linear_qga4w``. Both dialects, torchao and
-    quantized_decomposed; symmetric and asymmetric groups, whose zero
-    points may be floats; signed and unsigned 4-bit values. A
-    weight used twice is packed once.
+    quantized_decomposed; symmetric and asymmetric groups, whose zero points may be floats; signed
+    and unsigned 4-bit values. A weight used twice is packed once.
 
     Before: ``linear(dq(q(x, scale, zero), scale, zero), dequantize(w, w_scales, w_zeros), bias)``
     After: ``linear_qta8a_qga4w(*quantize_per_token(x), packed, group, w_scales, w_zeros, bias)``

@@ -119,7 +119,7 @@ def test_half_precision(case: Case) -> None:
         pytest.param(Case(512, 64, 512, (16,)), (-29, -7), marks=pytest.mark.nightly),
         pytest.param(Case(256, 64, 0, (64,)), (-29, -7), marks=pytest.mark.nightly),
         pytest.param(Case(128, 60, 32, (16,)), (6, 11), marks=pytest.mark.nightly),
-        # Standard normal weights. The device's 7 dB is one draw; this is another (docs/simulator.md).
+        # Standard normal weights. The 7 dB of the device are one draw, this is another.
         pytest.param(
             Case(256, 64, 32, (64,), asymmetric=True, normal=True),
             (7, 9),

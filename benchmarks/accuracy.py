@@ -7,7 +7,8 @@ All weights, the tied head and the embedding included, with 8-bit activations a 
 first ``--tokens`` tokens of the text are scored in windows of ``--context``, each from its second
 token on; the last ``--calibration-tokens`` are calibrated on, and never scored. "recovered" is the
 share of what torchao's plain rounding loses that an algorithm wins back. A group's scale counts 16
-bits, as XNNPACK stores it, a float offset as many.
+bits, as XNNPACK stores it, a float offset as many. A rotation goes before its algorithm:
+``--only spinquant+rtn``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from edgepass.perplexity import of_model, perplexity
 from measuring import machine, table
 
 _CHUNK = 512
+ALGORITHMS = ["rtn", "hqq", "mse", "seqmse", "gptq", "spinquant+rtn", "spinquant+gptq"]
 
 
 class Computed(nn.Module):
@@ -80,8 +82,11 @@ def quantized(algorithm: str, model: Any, options: argparse.Namespace, chunks: T
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, Computed(module.weight))
         return model
+    rotation, _, algorithm = algorithm.rpartition("+")
     recipe = find_recipe("8da4w").with_group_size(options.group_size).with_algorithm(algorithm)
-    recipe = recipe.changed(weights=recipe.weights.changed(mapping=options.mapping))
+    recipe = recipe.changed(
+        weights=recipe.weights.changed(mapping=options.mapping), rotation=rotation or "none"
+    )
     given = chunks if algorithm in NEED_STATISTICS else None
     return compute_in_float(quantize_model(model, recipe, chunks=given))
 
@@ -101,7 +106,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--mapping", default="symmetric", help="symmetric or float_offset")
-    parser.add_argument("--only", nargs="+", default=["rtn", "hqq", "mse", "seqmse", "gptq"])
+    parser.add_argument("--only", nargs="+", default=ALGORITHMS)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--calibration-tokens", type=int, default=64 * _CHUNK)

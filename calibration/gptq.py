@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from edgepass.calibration.grids import (
+    GridSpec,
     RoundedWeight,
-    WeightSpec,
     group_size_of,
     integer_range,
     row_blocks,
@@ -31,7 +31,7 @@ _COLUMNS = 128
 
 def gptq(
     weight: Tensor,
-    spec: WeightSpec,
+    spec: GridSpec,
     statistics: InputStatistics,
     *,
     activation_order: bool = True,

@@ -23,7 +23,7 @@ MAPPINGS = ("symmetric", "asymmetric", "float_offset")
 _BLOCK = 1 << 18
 
 
-class WeightSpec(Protocol):
+class GridSpec(Protocol):
     """What a recipe says of one weight; ``group_size`` None is one group a row."""
 
     @property
@@ -69,7 +69,7 @@ def integer_range(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-def group_size_of(weight: Tensor, spec: WeightSpec) -> int:
+def group_size_of(weight: Tensor, spec: GridSpec) -> int:
     """The group size of ``spec`` for a weight ``[N, K]``.
 
     Raises InvalidArgumentError for what is no matrix of finite floats, a group size that does not

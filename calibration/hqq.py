@@ -13,8 +13,8 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
 from edgepass.calibration.grids import (
+    GridSpec,
     RoundedWeight,
-    WeightSpec,
     from_grid,
     group_size_of,
     round_to,
@@ -27,7 +27,7 @@ from edgepass.ops.errors import InvalidArgumentError
 _EXPONENT, _BETA, _GROWTH, _ROUNDS = 0.7, 10.0, 1.01, 20
 
 
-def half_quadratic(weight: Tensor, spec: WeightSpec) -> RoundedWeight:
+def half_quadratic(weight: Tensor, spec: GridSpec) -> RoundedWeight:
     """Round ``weight`` ``[N, K]`` with the grids that HQQ finds.
 
     Raises InvalidArgumentError for an integer zero point, which it has no form of.
@@ -53,7 +53,7 @@ def half_quadratic(weight: Tensor, spec: WeightSpec) -> RoundedWeight:
     )
 
 
-def _with_offsets(weight: Tensor, spec: WeightSpec, size: int) -> RoundedWeight:
+def _with_offsets(weight: Tensor, spec: GridSpec, size: int) -> RoundedWeight:
     groups = weight.float().unflatten(1, (-1, size))
     scale, zero = spanning_grid(groups, spec.bits)
     best, beta = torch.full_like(scale, torch.inf), _BETA

@@ -11,8 +11,8 @@ from torchao.quantization.quant_primitives import (
 )
 
 from edgepass.calibration.grids import (
+    GridSpec,
     RoundedWeight,
-    WeightSpec,
     group_size_of,
     integer_range,
     round_to,
@@ -25,7 +25,7 @@ _TORCHAO = {
 }
 
 
-def round_to_nearest(weight: Tensor, spec: WeightSpec) -> RoundedWeight:
+def round_to_nearest(weight: Tensor, spec: GridSpec) -> RoundedWeight:
     """Round ``weight`` ``[N, K]`` by the least and largest value of each group.
 
     ``symmetric`` and ``asymmetric`` are torchao's (``SYMMETRIC_NO_CLIPPING_ERR``, ``ASYMMETRIC``);
@@ -49,7 +49,7 @@ def round_to_nearest(weight: Tensor, spec: WeightSpec) -> RoundedWeight:
     return RoundedWeight(values, scale.float(), zero if spec.mapping == "asymmetric" else None)
 
 
-def _span(weight: Tensor, spec: WeightSpec, size: int) -> RoundedWeight:
+def _span(weight: Tensor, spec: GridSpec, size: int) -> RoundedWeight:
     groups = weight.float().reshape(-1, size)
     scale, zero = spanning_grid(groups, spec.bits)
     shape = (weight.shape[0], -1)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from edgepass.calibration.grids import (
+    GridSpec,
     RoundedWeight,
-    WeightSpec,
     from_grid,
     group_size_of,
     integer_range,
@@ -34,7 +34,7 @@ Grid = tuple[Tensor, Tensor | None]
 
 
 def search_scales(
-    weight: Tensor, spec: WeightSpec, importance: Tensor | None = None
+    weight: Tensor, spec: GridSpec, importance: Tensor | None = None
 ) -> RoundedWeight:
     """Round ``weight`` ``[N, K]`` with the scales of least squared error.
 
@@ -46,7 +46,7 @@ def search_scales(
     return search_with(weight, spec, lambda each: each if costs is None else each * costs)
 
 
-def search_with(weight: Tensor, spec: WeightSpec, metric: Metric) -> RoundedWeight:
+def search_with(weight: Tensor, spec: GridSpec, metric: Metric) -> RoundedWeight:
     """``search_scales`` with the error ``d . metric(d)`` a group, for the difference d."""
     size = group_size_of(weight, spec)
     parts = []
@@ -58,7 +58,7 @@ def search_with(weight: Tensor, spec: WeightSpec, metric: Metric) -> RoundedWeig
     return RoundedWeight.joined(parts)
 
 
-def _search(groups: Tensor, spec: WeightSpec, metric: Metric) -> tuple[Tensor, Grid]:
+def _search(groups: Tensor, spec: GridSpec, metric: Metric) -> tuple[Tensor, Grid]:
     """The integers ``[N, G, g]`` and grids ``[N, G]`` of least error."""
 
     def error(grid: Grid) -> Tensor:
@@ -86,7 +86,7 @@ def _better(best: Grid, least: Tensor, grid: Grid, error: Tensor) -> tuple[Grid,
     return (torch.where(wins, grid[0], best[0]), zero), torch.where(wins, error, least)
 
 
-def _candidates(groups: Tensor, spec: WeightSpec) -> Iterator[Grid]:
+def _candidates(groups: Tensor, spec: GridSpec) -> Iterator[Grid]:
     """Grids ``[N, G]``: first that of ``round_to_nearest``, then shrunk and widened ones."""
     least, most = integer_range(spec.bits)
     low, high = groups.aminmax(dim=-1)

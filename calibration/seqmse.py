@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgepass.calibration.grids import RoundedWeight, WeightSpec, group_size_of
+from edgepass.calibration.grids import GridSpec, RoundedWeight, group_size_of
 from edgepass.calibration.input_statistics import InputStatistics, check_statistics
 from edgepass.calibration.scale_search import Metric, search_with
 
 _DAMPING = 0.01
 
 
-def sequential_mse(weight: Tensor, spec: WeightSpec, statistics: InputStatistics) -> RoundedWeight:
+def sequential_mse(weight: Tensor, spec: GridSpec, statistics: InputStatistics) -> RoundedWeight:
     """Round ``weight`` ``[N, K]`` with the scales of least output error, group by group.
 
     Raises CalibrationError for statistics of another layer.

@@ -17,7 +17,7 @@ from edgepass.calibration.decoder_layers import (
     first_hidden_states,
     observe_layers,
 )
-from edgepass.calibration.grids import RoundedWeight, WeightSpec
+from edgepass.calibration.grids import GridSpec, RoundedWeight
 from edgepass.calibration.input_statistics import InputStatistics
 from edgepass.calibration.layer_inputs import collect_statistics
 from edgepass.calibration.weight_rounding import NEED_STATISTICS, quantize_weight
@@ -28,7 +28,7 @@ _CHUNKS_FOR_THE_HEAD = 16
 
 def round_decoder(
     model: Any,
-    specs: Mapping[str, WeightSpec],
+    specs: Mapping[str, GridSpec],
     chunks: Tensor,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> dict[str, RoundedWeight]:
@@ -70,7 +70,7 @@ def round_decoder(
 class _Rounding:
     """Rounds modules by their specifications and puts the rounded values in their place."""
 
-    def __init__(self, specs: Mapping[str, WeightSpec]) -> None:
+    def __init__(self, specs: Mapping[str, GridSpec]) -> None:
         self.specs = specs
         self.done: dict[str, RoundedWeight] = {}
 

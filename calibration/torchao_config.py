@@ -14,7 +14,7 @@ from edgepass.calibration.recipe_resolution import ModuleRecipe
 # SYMMETRIC, takes max(|w|) / 7.5, which clips the largest positive weight of a group by half a
 # step; on the first 4,096 tokens of WikiText-2's validation text SmolLM2-135M in 8da4w, groups of
 # 32, then has perplexity 25.7 instead of 21.2 (15.8 in float).
-MAPPINGS = {
+MAPPING_TYPES = {
     "symmetric": MappingType.SYMMETRIC_NO_CLIPPING_ERR,
     "asymmetric": MappingType.ASYMMETRIC,
 }
@@ -27,7 +27,7 @@ def torchao_config(module: ModuleRecipe) -> AOBaseConfig:
     """
     weights = module.weights
     dtype = getattr(torch, f"int{weights.bits}")
-    size, mapping = weights.group_size, MAPPINGS[weights.mapping]
+    size, mapping = weights.group_size, MAPPING_TYPES[weights.mapping]
     groups: Granularity = PerAxis(0) if size is None else PerGroup(size)
     if module.activations.kind == "none":
         return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=groups, mapping_type=mapping)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from edgepass.calibration.gptq import gptq
-from edgepass.calibration.grids import RoundedWeight, WeightSpec
+from edgepass.calibration.grids import GridSpec, RoundedWeight
 from edgepass.calibration.hqq import half_quadratic
 from edgepass.calibration.input_statistics import InputStatistics
 from edgepass.calibration.round_to_nearest import round_to_nearest
@@ -15,12 +15,12 @@ from edgepass.calibration.scale_search import search_scales
 from edgepass.calibration.seqmse import sequential_mse
 from edgepass.ops.errors import InvalidArgumentError
 
-_FROM_WEIGHTS: dict[str, Callable[[Tensor, WeightSpec], RoundedWeight]] = {
+_FROM_WEIGHTS: dict[str, Callable[[Tensor, GridSpec], RoundedWeight]] = {
     "rtn": round_to_nearest,
     "hqq": half_quadratic,
     "mse": search_scales,
 }
-_FROM_INPUTS: dict[str, Callable[[Tensor, WeightSpec, InputStatistics], RoundedWeight]] = {
+_FROM_INPUTS: dict[str, Callable[[Tensor, GridSpec, InputStatistics], RoundedWeight]] = {
     "seqmse": sequential_mse,
     "gptq": gptq,
 }
@@ -29,7 +29,7 @@ NEED_STATISTICS = frozenset(_FROM_INPUTS)
 
 
 def quantize_weight(
-    weight: Tensor, spec: WeightSpec, statistics: InputStatistics | None = None
+    weight: Tensor, spec: GridSpec, statistics: InputStatistics | None = None
 ) -> RoundedWeight:
     """Round a float ``weight`` ``[N, K]`` by ``spec``, whose ``algorithm`` is one of ALGORITHMS.
 

@@ -225,7 +225,7 @@ def evaluate(
     """Perplexity of a text, by a lowered program or an eager model."""
     with console.show_progress() as progress:
         progress("load")
-        from edgepass.evaluation import Subject
+        from edgepass.evaluation import Subject, refuse_model_options
         from edgepass.ops.errors import InvalidArgumentError
 
         if (folder is None) == (model is None):
@@ -234,6 +234,16 @@ def evaluate(
                 "either a folder or --model"
             )
         if folder is not None:
+            refuse_model_options(
+                recipe=recipe,
+                group_size=group_size,
+                layers=layers,
+                trust_remote_code=trust_remote_code,
+                weight_algorithm=weight_algorithm,
+                calibration=calibration,
+                calibration_tokens=calibration_tokens,
+                keep_blocks=keep_blocks,
+            )
             subject = Subject.of_folder(folder, context)
             console.tell_simulated(subject.simulated)
         else:

@@ -69,6 +69,10 @@ class Subject:
                 f"got weight_algorithm={weight_algorithm} without a recipe, accepted is --recipe "
                 "with it"
             )
+        elif keep_blocks:
+            raise InvalidArgumentError(
+                "got keep_blocks without a recipe, accepted is --recipe with it"
+            )
         check_text(chosen, calibration, calibration_tokens)
         model, tokenizer = load_model(spec, layers=layers, trust_remote_code=trust_remote_code)
         _check_context(context, longest_context(model.config))
@@ -88,6 +92,16 @@ class Subject:
         """Perplexity of the first ``max_tokens`` of ``text``: see ``edgepass.perplexity``."""
         tokens = read_tokens(self.tokenizer, text, max_tokens)
         return perplexity(tokens, context, self.window_logits, on_window)
+
+
+def refuse_model_options(**given: object) -> None:
+    """Raise InvalidArgumentError for an option of an eager model beside a lowered folder."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise InvalidArgumentError(
+                f"got {name}={value} with a folder, which is quantized already; accepted is "
+                f"--{name.replace('_', '-')} with --model"
+            )
 
 
 def _check_context(context: int, longest: int | None) -> None:

@@ -186,6 +186,12 @@ def test_eval_refuses(refused, lowered, checkpoint, text, tmp_path: Path) -> Non
     assert "context=25, accepted are 2 to 24" in refused(
         "eval", lowered.folder, "--text", text, "--context", 25
     )
+    folder = ["eval", lowered.folder, "--text", text]
+    assert "--weight-algorithm with --model" in refused(*folder, "--weight-algorithm", "gptq")
+    assert "--keep-blocks with --model" in refused(*folder, "--keep-blocks")
+    assert "--layers with --model" in refused(*folder, "--layers", 1)
+    unquantized = ["eval", "--model", checkpoint, "--text", text, "--keep-blocks"]
+    assert "--recipe with it" in refused(*unquantized)
     model = ["eval", "--model", checkpoint, "--context", 64]
     assert "context=65, accepted are 2 to 64" in refused(*model, "--text", text, "--context", 65)
     assert f"text={tmp_path}" in refused(*model, "--text", tmp_path)

@@ -32,7 +32,8 @@ class Candidate(Section):
     included (0 for a site that stores nothing); a backend that is not there cannot hold it.
     ``sqnr_db``: signal to noise at the site itself, averaged in power. ``kl``: the estimated
     divergence of the logits' distribution from the float model's, nats a token; ``kl_interval``:
-    its 95 % confidence interval over the samples. ``exact_kl``: the same by running the model.
+    its 95 % confidence interval over the chunks, if there are several. ``exact_kl``: the same by
+    running the model.
     """
 
     label: str
@@ -42,7 +43,7 @@ class Candidate(Section):
     bytes: dict[Backend, int]
     sqnr_db: float
     kl: Annotated[float, Field(ge=0)]
-    kl_interval: Annotated[tuple[float, float], _LIST]
+    kl_interval: Annotated[tuple[float, float] | None, _LIST] = None
     exact_kl: Annotated[float, Field(ge=0)] | None = None
 
 

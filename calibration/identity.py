@@ -9,7 +9,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from edgepass.passes.quantized_values import attribute
@@ -27,6 +27,18 @@ def identity_of(prepared: GraphModule, chunks: Tensor) -> dict[str, str]:
         "model": _digest(_constants(prepared)),
         "recipe": _digest(_structure(prepared)),
         "text": _digest(_bytes("chunks", chunks)),
+    }
+
+
+def model_identity(model: nn.Module, chunks: Tensor, **settings: object) -> dict[str, str]:
+    """The same of work on a model itself; ``settings`` are digested by their names."""
+    weights = (part for name, each in model.state_dict().items() for part in _bytes(name, each))
+    return {
+        "edgepass": version("edgepass"),
+        "torch": torch.__version__,
+        "model": _digest(weights),
+        "text": _digest(_bytes("chunks", chunks)),
+        **{name: _digest([repr(value).encode()]) for name, value in settings.items()},
     }
 
 

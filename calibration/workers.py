@@ -65,16 +65,22 @@ class Workers:
 
         ``mine`` ``[share, V, 2]`` are this process's. All processes end with the same.
         """
+        table = self.join(mine, chunks)
         if self.size == 1:
-            return mine
-        most = -(-chunks // self.size)
-        padded = mine.new_zeros(most, *mine.shape[1:])
-        padded[: len(mine)] = mine
-        table = torch.stack(self._gather(padded), 1).flatten(0, 1)[:chunks]
+            return table
         for name in sorted(collector.streams):
             states = self._gather_states(collector.streams[name].state_dict())
             collector.streams[name].merge(states[: self.rank] + states[self.rank + 1 :])
         return table
+
+    def join(self, mine: Tensor, count: int) -> Tensor:
+        """Return the rows of all of ``count`` items in order, from each process's ``share``."""
+        if self.size == 1:
+            return mine
+        most = -(-count // self.size)
+        padded = mine.new_zeros(most, *mine.shape[1:])
+        padded[: len(mine)] = mine
+        return torch.stack(self._gather(padded), 1).flatten(0, 1)[:count]
 
     def _gather(self, value: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(value) for _ in range(self.size)]

@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "lower": "edgepass.api",
     "explain": "edgepass.api",
+    "analyze": "edgepass.analysis",
+    "allocate": "edgepass.analysis",
     "load_model": "edgepass.models.load",
     "quantize_model": "edgepass.calibration.recipes",
     "simulate": "edgepass.simulator.simulate",
@@ -30,6 +32,8 @@ __all__ = [
     "EdgepassError",
     "QnnOptions",
     "SimulatedProgram",
+    "allocate",
+    "analyze",
     "embed_prompt",
     "explain",
     "load_model",
@@ -46,6 +50,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from edgepass.analysis import allocate, analyze
     from edgepass.api import explain, lower
     from edgepass.calibration.recipes import quantize_model
     from edgepass.lowering.qnn_registration import register_qnn_passes, unregister_qnn_passes

@@ -197,5 +197,5 @@ def explain(program: ExportedProgram, backend: str) -> list[dict[str, Any]]:
     """
     check_choice("backend", backend, BACKENDS)
     working = WorkingProgram(program)
-    fusion_pipeline().apply(working)
+    fusion_pipeline(int8_weights=backend == "xnnpack").apply(working)
     return explain_for_backend(working, backend)

@@ -1,4 +1,4 @@
-"""The command line: lower, run, eval, simulate, explain, tune-threads, recipes, encodings.
+"""The command line: lower, run, eval, simulate, explain, analyze, allocate and smaller ones.
 
 What needs torch is imported inside the commands, so that ``--help`` is quick.
 """
@@ -17,6 +17,19 @@ from typing import Annotated
 import typer
 
 from edgepass import __version__, console
+from edgepass.cli_groups import encodings, recipes
+from edgepass.cli_options import (
+    Backend,
+    GroupSize,
+    Json,
+    KeepBlocks,
+    Layers,
+    Model,
+    RecipeName,
+    TextTokens,
+    Trust,
+    WeightAlgorithm,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -24,32 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Lower language models to small, fast and right 4-bit ExecuTorch programs.",
 )
-
-Model = Annotated[
-    str, typer.Option("--model", help="A directory, .gguf file, hub id, or smollm2-135m.")
-]
-RecipeName = Annotated[
-    str, typer.Option(help="How it is quantized: a name of `recipes list`, or a recipe file.")
-]
-Backend = Annotated[str, typer.Option(help="xnnpack, vulkan or (lower only) qnn.")]
-GroupSize = Annotated[
-    int | None, typer.Option(help="Weights that share one scale, instead of the recipe's.")
-]
-WeightAlgorithm = Annotated[
-    str | None, typer.Option(help="rtn, hqq, mse, seqmse or gptq, instead of the recipe's.")
-]
-KeepBlocks = Annotated[
-    bool, typer.Option("--keep-blocks", help="Take a GGUF file's own 4-bit blocks as they are.")
-]
-TextTokens = Annotated[
-    int | None,
-    typer.Option(help="Calibrate on this many: 1024 by default for qnn, else 32768."),
-]
-Layers = Annotated[int | None, typer.Option(help="Keep the first N layers only.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+app.add_typer(recipes, name="recipes")
+app.add_typer(encodings, name="encodings")
 
 
 def main() -> None:
@@ -327,75 +316,60 @@ def tune_threads(
     console.show(tuning, as_json, lambda: thread_commands.print_tuning(tuning))
 
 
-recipes = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
-app.add_typer(recipes, name="recipes")
-
-
-@recipes.command(name="list")
-def list_recipes(as_json: Json = False) -> None:
-    """List the recipes that have a name, and the backends that hold each."""
-    from edgepass import recipe_commands
-
-    rows = recipe_commands.list_recipes()
-    console.show(rows, as_json, lambda: console.print_recipes(rows))
-
-
-@recipes.command(name="show")
-def show_recipe(
-    recipe: Annotated[str, typer.Argument(help="A name of `recipes list`, or a file.")],
-    as_json: Json = False,
-) -> None:
-    """Print a recipe as the file that would hold it."""
-    from edgepass.calibration.recipe_file import find_recipe, format_recipe
-
-    found = find_recipe(recipe)
-    console.show(found.asked(), as_json, lambda: print(format_recipe(found), end=""))
-
-
-@recipes.command(name="check")
-def check_recipe(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a name of `recipes list`.")],
-    backend: Annotated[str | None, typer.Option(help="Must it hold the recipe?")] = None,
-    model: Annotated[str | None, typer.Option(help="Must the recipe fit this model?")] = None,
+@app.command()
+def analyze(
+    model: Model,
+    calibration: Annotated[Path, typer.Option(help="A UTF-8 text or .jsonl to measure on.")],
+    out: Annotated[Path, typer.Option(help="Folder for analysis.json.")],
+    recipe: RecipeName = "8da4w",
+    calibration_tokens: Annotated[int, typer.Option(help="Measure on this many.")] = 8192,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens in a chunk.")] = 512,
+    exact: Annotated[
+        int, typer.Option(help="Of so many of the most sensitive sites run the model, too.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random signs: the same give the same.")] = 0,
     layers: Layers = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Check a recipe: its schema, the backends that hold it, the modules that it matches."""
-    from edgepass import recipe_commands
+    """Measure how much quantizing each weight, activation and cache alone changes the logits."""
+    from edgepass.analysis_commands import analyze_command, print_analysis
 
-    checked = recipe_commands.check_recipe(recipe, backend, model, layers, trust_remote_code)
-    console.show(checked, as_json, lambda: console.print_recipe_check(checked))
-
-
-encodings = typer.Typer(no_args_is_help=True, help="Read files of quantization encodings.")
-app.add_typer(encodings, name="encodings")
-
-
-@encodings.command(name="show")
-def show_encodings(
-    file: Annotated[Path, typer.Argument(help="An encodings.json.")], as_json: Json = False
-) -> None:
-    """Print each encoding of a file: bits, granularity, range."""
-    from edgepass.qnn_commands import encoding_rows
-
-    rows = encoding_rows(file)
-    console.show(rows, as_json, lambda: console.print_pairs(rows))
+    _check_writable(out)
+    found = analyze_command(
+        *(model, recipe, calibration, calibration_tokens, chunk_tokens, out),
+        *(exact, seed, layers, trust_remote_code),
+    )
+    if found is not None:
+        content = found.model_dump(mode="json", exclude_none=True)
+        console.show(content, as_json, lambda: print_analysis(found, out))
 
 
-@encodings.command(name="diff")
-def diff_encodings(
-    first: Annotated[Path, typer.Argument(help="An encodings.json.")],
-    second: Annotated[Path, typer.Argument(help="Another.")],
-    tolerance: Annotated[float, typer.Option(help="Relative difference of scales.")] = 1e-4,
+@app.command()
+def allocate(
+    folder: Annotated[Path, typer.Argument(help="A folder that `analyze` wrote.")],
+    backend: Annotated[str | None, typer.Option(help="Whose bytes and candidates.")] = None,
+    target_mb: Annotated[float | None, typer.Option(help="10^6 bytes of weights.")] = None,
+    target_bpw: Annotated[float | None, typer.Option(help="Bits a weight, scales too.")] = None,
+    max_perplexity_increase: Annotated[
+        float | None, typer.Option(help="Met at the smallest size: 0.05 is 5 %.")
+    ] = None,
+    same: Annotated[
+        list[str] | None, typer.Option(help="qkv or gate_up: these agree within a layer.")
+    ] = None,
+    html: Annotated[bool, typer.Option("--html", help="Write allocation.html, too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print what differs between two files; exit code 1 if anything does."""
-    from edgepass.qnn_commands import difference_rows
+    """Choose bits and groups for every weight: the best within a budget, as a recipe."""
+    from edgepass.allocation_commands import allocate_command, print_allocation
 
-    rows = difference_rows(first, second, tolerance)
-    console.show(rows, as_json, lambda: console.print_pairs(rows))
-    raise typer.Exit(1 if rows else 0)
+    with console.show_progress() as progress:
+        progress("allocate")
+        result = allocate_command(
+            *(folder, backend, target_mb, target_bpw, max_perplexity_increase),
+            *(same or [], html),
+        )
+    console.show(result, as_json, lambda: print_allocation(result, folder))
 
 
 def _check_writable(out: Path) -> None:

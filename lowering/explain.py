@@ -8,11 +8,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from edgepass.passes.explain_linears import explain_linears
+from edgepass.passes.explain_linears import FUSED_LINEARS, explain_linears
 from edgepass.passes.program import WorkingProgram
 from edgepass.passes.targets import is_call
-
-_FUSED = ("edgepass.linear_qta8a_qga4w", "edgepass.linear_qga4w")
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ def explain_for_backend(program: WorkingProgram, backend: str) -> list[dict[str,
     first ``reason`` why not and the ``node`` that decides it. ``program`` may be changed.
     """
     rows = [vars(row) | {"how": None} for row in explain_linears(program)]
-    nodes = [node for node in program.graph.nodes if is_call(node, *_FUSED)]
+    nodes = [node for node in program.graph.nodes if is_call(node, *FUSED_LINEARS)]
     fates = _TELLERS[backend](program, nodes)
     fused = [row for row in rows if row["fused"]]
     for row, node, fate in zip(fused, nodes, fates, strict=True):
@@ -49,8 +47,11 @@ def _xnnpack(program: WorkingProgram, nodes: list[Node]) -> list[Fate]:
     from edgepass.lowering.xnnpack_linear import why_not
 
     reasons = [why_not(program, node) for node in nodes]
-    how = "fully connected, qdint8 activation, qbint4 weight"
-    return [Fate(None if reason else how, reason) for reason in reasons]
+    ways = ["qcint8" if is_call(node, "edgepass.linear_qta8a_qc8w") else "qbint4" for node in nodes]
+    return [
+        Fate(None if reason else f"fully connected, qdint8 activation, {way} weight", reason)
+        for reason, way in zip(reasons, ways, strict=True)
+    ]
 
 
 _TELLERS: dict[str, Callable[[WorkingProgram, list[Node]], list[Fate]]] = {

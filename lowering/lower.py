@@ -120,7 +120,8 @@ def lower(
     samples = tuple(sample_inputs if sample_inputs is not None else _example_inputs(program))
     with stages.stage("fuse"):
         working = WorkingProgram(program)
-        fusion_pipeline().apply(working, verify=verify, sample_inputs=samples)
+        pipeline = fusion_pipeline(int8_weights=backend == "xnnpack")
+        pipeline.apply(working, verify=verify, sample_inputs=samples)
         linears = [
             {"name": row.name, "fused": row.fused, "reason": row.reason}
             for row in explain_linears(working)

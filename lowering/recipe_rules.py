@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from edgepass.calibration.recipe import Recipe, Role
 from edgepass.calibration.recipe_resolution import ModuleRecipe
 
-# XNNPACK's int4 kernels read blocks of a multiple of this many columns.
+# XNNPACK's int4 kernels read blocks of a multiple of this many columns; its int8 ones have one
+# scale a channel.
 _XNNPACK_BLOCK = 32
 # QNN: weight bits that the stock quantizer has beside the bits of activations (None: fp16).
 _QNN_WEIGHT_BITS: dict[int | None, tuple[int, ...]] = {8: (8, 4), 16: (16, 8, 4), None: (8,)}
@@ -89,8 +90,8 @@ def _xnnpack(module: ModuleRecipe, role: Role) -> Iterator[Part]:
     weights = module.weights
     if weights.bits is None or role == "embedding":
         return
-    if weights.bits > 4:
-        yield Part("weights.bits", weights.bits, 4)
+    if weights.bits > 4 and weights.granularity != "channel":
+        yield Part("weights.granularity", weights.granularity, "channel")
     if weights.mapping != "symmetric":
         yield Part("weights.mapping", weights.mapping, "symmetric")
     if weights.granularity == "group" and weights.group_size and weights.group_size % 32:

@@ -46,7 +46,10 @@ for _name in ("embedding_4bit.dtype", "embedding_byte.dtype"):
     _RENAMED[getattr(getattr(torch.ops.quantized_decomposed, _packet), _overload)] = getattr(
         getattr(_edge.quantized_decomposed, _packet), _overload
     )
-for _name in ("linear_qta8a_qga4w.dynamic", "rms_norm", "rotary", "masked_attention", "cast"):
+for _name in (
+    *("linear_qta8a_qga4w.dynamic", "linear_qta8a_qc8w.dynamic"),
+    *("rms_norm", "rotary", "masked_attention", "cast"),
+):
     _packet, _, _overload = _name.partition(".")
     _raw, _dialect = getattr(torch.ops.edgepass, _packet), getattr(_edge.edgepass, _packet)
     _RENAMED[getattr(_raw, _overload or "default")] = getattr(_dialect, _overload or "default")

@@ -14,6 +14,7 @@ import torch
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     ConstantDataOffset,
     PerChannelGroupQuant,
+    PerChannelQuant,
     PerTokenDynamicQuant,
     XNNBatchMatrixMultiply,
     XNNConcatenate2,
@@ -118,6 +119,17 @@ class Emitter:
         )
         dims = [scales.shape[0], scales.shape[1] * group_size]
         return self.value(dims, XNNDatatype.xnn_datatype_qbint4, self.data(packed), quantization)
+
+    def int8_filter(self, weight: torch.Tensor, scales: torch.Tensor) -> int:
+        """An int8 weight ``[N, K]`` with float32 scales ``[N]``, one a channel."""
+        quantization = PerChannelQuant(
+            scale=[],
+            channel_dim=0,
+            scale_buffer_idx=self.data(scales.to(torch.float32), prefix="scale_"),
+            num_scales=scales.numel(),
+        )
+        data = self.data(weight)
+        return self.value(weight.shape, XNNDatatype.xnn_datatype_qcint8, data, quantization)
 
     def node(self, union: XNodeUnion) -> None:
         self.graph.xnodes.append(XNode(xnode_union=union, debug_handle=self.debug_handle))

@@ -47,6 +47,8 @@ def prepare_linears(program: WorkingProgram) -> list[Declined]:
 
 def why_not(program: WorkingProgram, node: Node) -> str | None:
     """Why XNNPACK's dynamically quantized int4 kernel cannot compute this linear exactly."""
+    if is_call(node, "edgepass.linear_qta8a_qc8w"):
+        return None  # the fusing rule has checked all
     if is_call(node, "edgepass.linear_qga4w"):
         return "XNNPACK has no int4 kernel for float activations"
     group_size = argument(node, "group_size")

@@ -27,7 +27,7 @@ HIDDEN = -1e9
 _RULE = "prepare-xnnpack"
 _FLOAT32_ONLY = (
     *("edgepass.rms_norm", "edgepass.rotary", "edgepass.masked_attention"),
-    "edgepass.linear_qta8a_qga4w",
+    *("edgepass.linear_qta8a_qga4w", "edgepass.linear_qta8a_qc8w"),
 )
 
 

@@ -15,6 +15,7 @@ PRESERVED = (torch.ops.aten.silu.default, torch.ops.aten.linear.default)
 FUSED = frozenset(
     {
         "edgepass.linear_qta8a_qga4w.dynamic",
+        "edgepass.linear_qta8a_qc8w.dynamic",
         "edgepass.rms_norm.default",
         "edgepass.rotary.default",
         "edgepass.masked_attention.default",

@@ -81,6 +81,22 @@ class LinearVisitor(FusedOpVisitor):
 
 
 @register_node_visitor
+class Int8LinearVisitor(FusedOpVisitor):
+    """Dynamic per-token int8 activation, int8 weight by channel: convert, fully connected."""
+
+    target = "edgepass.linear_qta8a_qc8w.dynamic"
+
+    def emit(self, node: Node, emitter: Emitter, ids: ValueIds) -> None:
+        x, weight, scales, *rest = node.args
+        bias = rest[0] if rest else None
+        source = self.input(x, emitter, ids)
+        rows = self.shared(ids, (x, "rows"), lambda: emitter.quantize_rows(source))
+        filter_id = emitter.int8_filter(self.constant(weight), self.constant(scales))
+        bias_id = None if bias is None else emitter.constant(self.constant(bias))
+        emitter.fully_connected(rows, filter_id, bias_id, self.output(node, emitter, ids))
+
+
+@register_node_visitor
 class RmsNormVisitor(FusedOpVisitor):
     """x * rsqrt(mean(x^2) + eps) * weight; the mean is a fully connected of 1/D, eps its bias."""
 

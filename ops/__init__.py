@@ -3,7 +3,16 @@
 Importing this package registers the operators of the ``edgepass`` namespace with torch.
 """
 
-from edgepass.ops import attention, embedding, linear, masked_attention, norm, quantize, rotary
+from edgepass.ops import (
+    attention,
+    embedding,
+    linear,
+    linear_int8,
+    masked_attention,
+    norm,
+    quantize,
+    rotary,
+)
 from edgepass.ops.packing import (
     dequantize_groups,
     dequantize_int4,
@@ -21,6 +30,7 @@ __all__ = [
     "dequantize_int4",
     "embedding",
     "linear",
+    "linear_int8",
     "masked_attention",
     "norm",
     "pack_embedding_int4",

@@ -69,3 +69,9 @@ class CalibrationError(EdgepassError):
     """A calibration text cannot be used, or a checkpoint is of another calibration."""
 
     code = "calibration"
+
+
+class AllocationError(EdgepassError):
+    """No choice of candidates keeps to the budget."""
+
+    code = "allocation"

@@ -12,7 +12,11 @@ from edgepass.passes.quantized_linear_rules import DynamicallyQuantizedLinear, W
 from edgepass.passes.rule import CompiledRule
 from edgepass.passes.targets import is_call
 
-_FUSED = ("edgepass.linear_qta8a_qga4w", "edgepass.linear_qga4w")
+FUSED_LINEARS = (
+    "edgepass.linear_qta8a_qga4w",
+    "edgepass.linear_qga4w",
+    "edgepass.linear_qta8a_qc8w",
+)
 _LINEARS = ("aten.linear", "aten.addmm")
 _PRODUCTS = ("aten.mm", "aten.matmul", "aten.bmm")  # linears if one factor is a constant
 
@@ -37,7 +41,7 @@ def explain_linears(program: WorkingProgram | ExportedProgram) -> list[LinearRow
     rules = [CompiledRule(DynamicallyQuantizedLinear()), CompiledRule(WeightOnlyLinear())]
     rows = []
     for node in program.graph.nodes:
-        if is_call(node, *_FUSED):
+        if is_call(node, *FUSED_LINEARS):
             rows.append(LinearRow(module_path(node), fused=True))
         elif _is_linear(node, program):
             reason, where = _why_not(node, rules, program)

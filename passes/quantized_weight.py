@@ -69,6 +69,17 @@ class GroupedWeight:
         """Return the scales as ``[rows, groups]`` of ``dtype``."""
         return self._grouped(self.scales, dtype, 0)
 
+    def channel_scales(self) -> Node:
+        """Return the scales of a weight with one a row as float32 ``[rows]``."""
+        tensor = self._tensor(self.scales)
+        if tensor.dtype == torch.float32 and tuple(tensor.shape) == (self.rows,):
+            return self.scales
+
+        def flatten() -> torch.Tensor:
+            return tensor.float().expand(self.rows, 1).flatten().contiguous()
+
+        return self._derived(("channels", self.rows), self.scales, flatten)
+
     def group_zeros(self) -> Node:
         """Return the zero points ``[rows, groups]``: int8, or float32 if they are not whole."""
         if self.zeros is not None:

@@ -9,7 +9,7 @@ from edgepass.ops.errors import InvalidArgumentError
 from tests.models.tiny_models import tiny_model
 
 LEGAL = {
-    "xnnpack": {"8da4w"},
+    "xnnpack": {"8da4w", "8da8w"},
     "vulkan": {"8da4w", "4w", "8da8w", "8w"},
     "qnn": {"8a8w", "8a4w", "16a16w", "16a8w", "16a4w", "16a4w_block", "fp16a8w"},
 }
@@ -26,7 +26,7 @@ def test_presets_by_backend(name: str, backend: str) -> None:
             check_legality(PRESETS[name], backend)
 
 
-@pytest.mark.parametrize("name", [name for name in ALIASES if name != "xnnpack_dynamic"])
+@pytest.mark.parametrize("name", [*ALIASES])
 def test_aliases_are_legal_where_they_are_for(name: str) -> None:
     recipe = find_recipe(name)
     assert recipe.backend is not None
@@ -105,6 +105,10 @@ def test_with_a_model_the_module_is_named() -> None:
     )
     check_legality(recipe, "xnnpack")
     check_modules(recipe, model, "xnnpack")
-    wrong = recipe.changed(overrides=(recipe.overrides[0].changed(modules="*.1.mlp.up_proj"),))
-    with pytest.raises(InvalidArgumentError, match=r"model.layers.1.mlp.up_proj.weights.bits=8"):
+    wrong = parse_recipe(
+        "{name: x, activations: {kind: dynamic},"
+        " overrides: [{modules: '*.1.mlp.up_proj', weights: {bits: 8, group_size: 32}}]}"
+    )
+    place = r"model.layers.1.mlp.up_proj.weights.granularity=group"
+    with pytest.raises(InvalidArgumentError, match=place):
         check_modules(wrong, model, "xnnpack")

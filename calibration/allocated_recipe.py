@@ -1,0 +1,68 @@
+"""An allocation as a recipe of edgepass, with as few overrides as say it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from edgepass.calibration.allocation import Allocation
+from edgepass.calibration.analysis import Analysis, Site
+from edgepass.calibration.candidates import role_of_kind
+from edgepass.calibration.recipe import Recipe
+from edgepass.calibration.recipe_sections import Override, Weights
+
+
+def allocated_recipe(analysis: Analysis, allocation: Allocation, name: str) -> Recipe:
+    """The analysed recipe, for one backend, with an override for whatever is chosen otherwise.
+
+    Modules of one role that all get the same share a pattern.
+    """
+    base = _without_weights(Recipe.model_validate(analysis.recipe))
+    sites = [site for site in analysis.sites if site.name in allocation.choice]
+    wanted = {site.name: _section(allocation, site) for site in sites}
+    overrides: list[Override] = []
+    by_role: dict[str, list[Site]] = {}
+    for site in sites:
+        if wanted[site.name] != _resolved(base, site):
+            by_role.setdefault(site.role, []).append(site)
+    for role, changed in by_role.items():
+        overrides += _overrides(role, changed, sites, wanted)
+    return base.changed(
+        name=name, backend=allocation.backend, overrides=(*base.overrides, *overrides)
+    )
+
+
+def _without_weights(recipe: Recipe) -> Recipe:
+    """The recipe without what its overrides ask of weights, which the allocation decides."""
+    kept = [
+        Override.model_validate({**asked, "modules": each.modules})
+        for each in recipe.overrides
+        if (asked := each.model_dump(exclude={"modules", "weights"}, exclude_defaults=True))
+    ]
+    return recipe.changed(overrides=tuple(kept))
+
+
+def _overrides(
+    role: str, changed: Sequence[Site], sites: Sequence[Site], wanted: Mapping[str, Weights]
+) -> list[Override]:
+    pattern = f"*.{role}"
+    matched = [site for site in sites if fnmatchcase(site.modules[0], pattern)]
+    same = len({wanted[site.name].model_dump_json() for site in matched}) == 1
+    if same and len(matched) > 1 and len(matched) == len(changed):
+        return [Override(modules=pattern, weights=wanted[changed[0].name])]
+    return [Override(modules=site.modules[0], weights=wanted[site.name]) for site in changed]
+
+
+def _section(allocation: Allocation, site: Site) -> Weights:
+    weights = allocation.choice[site.name].weights
+    assert weights is not None, "only sites that store weights are allocated"
+    return weights
+
+
+def _resolved(base: Recipe, site: Site) -> Weights:
+    """What the analysed recipe gives a site already, in the form of a candidate's section."""
+    spec = base.for_module(site.modules[0], role_of_kind(site.kind)).weights
+    fields: dict[str, object] = {"bits": spec.bits, "granularity": spec.granularity}
+    if spec.group_size is not None:
+        fields[f"{spec.granularity}_size"] = spec.group_size
+    return Weights.model_validate(fields)

@@ -1,0 +1,291 @@
+"""The best choice of a candidate for every site within a budget, with a proof of how near it is.
+
+A mixed-integer program (scipy's HiGHS): one candidate a site, sites that must agree together, the
+sum of the divergences least within so many bytes, or the bytes least within so much divergence.
+Divergences of single sites add up to second order, as long as their errors are uncorrelated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from edgepass.calibration.analysis import Analysis, Candidate, Site
+from edgepass.calibration.recipe_sections import Backend
+from edgepass.ops.errors import AllocationError, InvalidArgumentError
+
+# Modules whose weights a runtime may compute as one: they can be made to agree.
+MERGED = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "gate_up": ("gate_proj", "up_proj"),
+}
+# HiGHS stops when the gap between what it has and what can be is below this part.
+_RELATIVE_GAP = 1e-6
+_TIME_LIMIT_S = 120.0
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice for the sites of a group: the candidate of each, their divergence and bytes."""
+
+    candidates: tuple[int, ...]
+    kl: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that take the same candidate, and the options that are worth choosing."""
+
+    sites: tuple[Site, ...]
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A candidate for each site that stores weights, by its name.
+
+    ``kl``: the summed divergence, nats a token. ``bytes``: of the packed weights. ``values``: how
+    many numbers they hold. ``gap``: by how much, as a part of it, the optimum may be better.
+    """
+
+    backend: Backend
+    choice: dict[str, Candidate]
+    kl: float
+    bytes: int
+    values: int
+    gap: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.values
+
+    @property
+    def perplexity_increase(self) -> float:
+        """The part by which the perplexity grows, if it grows by the divergence."""
+        return math.expm1(self.kl)
+
+
+class AllocationProblem:
+    """The sites of an analysis that store weights on a backend, ready to be allocated."""
+
+    def __init__(self, analysis: Analysis, backend: Backend, same: Iterable[str] = ()) -> None:
+        """``same`` names families of MERGED modules of one layer that must agree, too.
+
+        Raises InvalidArgumentError for an unknown family, AllocationError if no site has a
+        candidate that the backend holds.
+        """
+        self.backend = backend
+        families = _families(same)
+        sites = [s for s in analysis.sites if _stores(s, backend)]
+        if not sites:
+            raise AllocationError(
+                f"nothing to allocate: got an analysis without candidates for backend={backend}, "
+                "accepted are analyses of a recipe that the backend holds"
+            )
+        self.groups = [_group(each, backend) for each in _agreeing(sites, families)]
+        self.values = sum(site.values for site in sites)
+
+    @property
+    def smallest(self) -> int:
+        """The least bytes that any choice takes."""
+        return sum(min(o.bytes for o in g.options) for g in self.groups)
+
+    @property
+    def largest(self) -> int:
+        """The bytes of the choice of least divergence."""
+        return sum(min(g.options, key=lambda o: (o.kl, o.bytes)).bytes for g in self.groups)
+
+    @property
+    def least_kl(self) -> float:
+        """The least divergence that any choice has."""
+        return sum(min(o.kl for o in g.options) for g in self.groups)
+
+    def within_bytes(self, budget: int) -> Allocation:
+        """The choice of least divergence in ``budget`` bytes.
+
+        Raises AllocationError, with the smallest possible budget, if there is none.
+        """
+        if budget < self.smallest:
+            raise AllocationError(
+                f"budget too small: got {budget} bytes ({_said(budget, self.values)}), the "
+                f"smallest possible for backend={self.backend} is {self.smallest} bytes "
+                f"({_said(self.smallest, self.values)})"
+            )
+        return self._solve(lambda o: o.kl, lambda o: o.bytes, budget)
+
+    def within_kl(self, most: float) -> Allocation:
+        """The choice of least bytes whose divergence is at most ``most``.
+
+        Raises AllocationError, with the least possible divergence, if there is none.
+        """
+        if most < self.least_kl:
+            raise AllocationError(
+                f"budget too small: got a perplexity increase of {math.expm1(most):.4g}, the "
+                f"smallest possible for backend={self.backend} is {math.expm1(self.least_kl):.4g}"
+            )
+        return self._solve(lambda o: o.bytes, lambda o: o.kl, most)
+
+    def uniform(self, label: str) -> Allocation | None:
+        """Every site by the candidate of that label, None if one has no such candidate."""
+        chosen = []
+        for group in self.groups:
+            first = group.sites[0]
+            found = [
+                o
+                for o in _all_options(group.sites, self.backend)
+                if first.candidates[o.candidates[0]].label == label
+            ]
+            if not found:
+                return None
+            chosen.append(found[0])
+        return self.allocation(chosen, 0.0)
+
+    def front(self, points: int = 24) -> list[Allocation]:
+        """Best choices from the smallest to the largest bytes, each with its gap."""
+        budgets = np.linspace(self.smallest, self.largest, points).round().astype(int)
+        found: list[Allocation] = []
+        for budget in budgets:
+            each = self.within_bytes(int(budget))
+            if not found or each.bytes > found[-1].bytes:
+                found.append(each)
+        return found
+
+    def _solve(
+        self, cost: Callable[[Option], float], weight: Callable[[Option], float], most: float
+    ) -> Allocation:
+        limit, bound = most, -math.inf
+        for _ in range(_ATTEMPTS):
+            chosen, found = self._milp(cost, weight, limit)
+            # A tighter limit can only cost more: the first bound, of the limit itself, counts.
+            bound = found if bound == -math.inf else bound
+            over = sum(map(weight, chosen)) - most
+            if over <= 0:
+                break
+            limit -= 2 * over  # the solver keeps limits to a tolerance only
+        total = sum(map(cost, chosen))
+        gap = max(0.0, (total - bound) / total) if total > 0 else 0.0
+        return self.allocation(chosen, gap)
+
+    def _milp(
+        self, cost: Callable[[Option], float], weight: Callable[[Option], float], limit: float
+    ) -> tuple[list[Option], float]:
+        """The solver's choice, and the least cost that it proved any choice to have."""
+        options = [o for group in self.groups for o in group.options]
+        costs = np.array([cost(o) for o in options], dtype=float)
+        weights = np.array([weight(o) for o in options], dtype=float)
+        sizes = [len(group.options) for group in self.groups]
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        one = csr_array((np.ones(len(options)), (owner, np.arange(len(options)))))
+        scale = costs.sum() / len(sizes) or 1.0  # numbers near 1, for the solver's tolerances
+        part = max(limit, 1e-300)
+        result = milp(
+            costs / scale,
+            constraints=[
+                LinearConstraint(one, 1, 1),
+                LinearConstraint((weights / part)[None], -np.inf, 1.0),
+            ],
+            bounds=Bounds(0, 1),
+            integrality=np.ones(len(options)),
+            options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _TIME_LIMIT_S},
+        )
+        if result.x is None:
+            raise AllocationError(
+                f"not solved in {_TIME_LIMIT_S:.0f} s: got {len(sizes)} sites and {len(options)} "
+                "candidates, accepted are fewer, or a budget further from the smallest"
+            )
+        starts = np.cumsum([0, *sizes[:-1]])
+        chosen = [
+            group.options[int(np.argmax(result.x[start : start + len(group.options)]))]
+            for group, start in zip(self.groups, starts, strict=True)
+        ]
+        return chosen, float(result.mip_dual_bound) * scale
+
+    def allocation(self, chosen: Sequence[Option], gap: float) -> Allocation:
+        """What a choice of one option a group comes to."""
+        choice = {
+            site.name: site.candidates[index]
+            for group, option in zip(self.groups, chosen, strict=True)
+            for site, index in zip(group.sites, option.candidates, strict=True)
+        }
+        return Allocation(
+            self.backend,
+            choice,
+            sum(o.kl for o in chosen),
+            sum(o.bytes for o in chosen),
+            self.values,
+            gap,
+        )
+
+
+def _said(size: int, values: int) -> str:
+    return f"{size / 1e6:.2f} MB, {8 * size / values:.3f} bits a weight"
+
+
+def _stores(site: Site, backend: Backend) -> bool:
+    """Whether a site stores weights there, in a way that an allocation may choose."""
+    return site.kind in ("weight", "embedding", "head") and any(
+        backend in candidate.bytes for candidate in site.candidates
+    )
+
+
+def _families(same: Iterable[str]) -> dict[str, str]:
+    """By role of a module the family that it must agree with."""
+    roles: dict[str, str] = {}
+    for family in same:
+        if family not in MERGED:
+            raise InvalidArgumentError(
+                f"unknown family: got same={family!r}, accepted are {', '.join(MERGED)}"
+            )
+        roles |= dict.fromkeys(MERGED[family], family)
+    return roles
+
+
+def _agreeing(sites: Sequence[Site], families: dict[str, str]) -> list[list[Site]]:
+    groups: dict[object, list[Site]] = {}
+    for site in sites:
+        key: object = site.agrees or site.name
+        if site.role in families:
+            key = (site.layer, families[site.role])
+        groups.setdefault(key, []).append(site)
+    return list(groups.values())
+
+
+def _group(sites: Sequence[Site], backend: Backend) -> Group:
+    options = _all_options(sites, backend)
+    if not options:
+        raise AllocationError(
+            f"{', '.join(s.name for s in sites)} must agree, but got no candidate that all have on "
+            f"backend={backend}"
+        )
+    return Group(tuple(sites), tuple(_worthwhile(options)))
+
+
+def _all_options(sites: Sequence[Site], backend: Backend) -> list[Option]:
+    """The candidates that every one of ``sites`` has on the backend, by their labels."""
+    held = [
+        {c.label: i for i, c in enumerate(site.candidates) if backend in c.bytes} for site in sites
+    ]
+    options = []
+    for label in held[0]:
+        if all(label in each for each in held):
+            places = tuple(each[label] for each in held)
+            taken = [s.candidates[i] for s, i in zip(sites, places, strict=True)]
+            divergence = sum(c.kl if c.exact_kl is None else c.exact_kl for c in taken)
+            options.append(Option(places, divergence, sum(c.bytes[backend] for c in taken)))
+    return options
+
+
+def _worthwhile(options: Sequence[Option]) -> list[Option]:
+    """Those that no other beats in both divergence and bytes, the smallest first."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.bytes, o.kl)):
+        if not kept or option.kl < kept[-1].kl:
+            kept.append(option)
+    return kept

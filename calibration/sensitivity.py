@@ -1,0 +1,239 @@
+"""How much quantizing one site alone changes the logits, of all sites by one backward pass.
+
+To second order the divergence KL(p || p') of the logits' distribution after a change d of the
+logits is d^T F d / 2, with F = diag(p) - p p^T, their Fisher information. A random vector v of the
+covariance F gives E[(v . d)^2] = d^T F d, and by the chain rule v . d = g . e, where e is the error
+at the site and g the gradient of (v . logits) there: one backward pass serves every site and every
+candidate. The error of a weight has a part that all tokens share, since their inputs have a mean;
+its products are summed before they are squared. The rest is taken as uncorrelated between tokens,
+as the rounding of values is: a token's share is (g_t . e_t)^2. The head's own candidates are not
+estimated: their divergence is computed.
+
+v = sqrt(p) r - p (sqrt(p) . r) with random signs r has that covariance, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgepass.calibration.attention_probes import watch_attention
+from edgepass.calibration.candidates import Choice
+from edgepass.calibration.grids import RoundedWeight
+from edgepass.calibration.rounding_error import Rounding, rounding_of, weight_error
+from edgepass.calibration.sites import SitePlace
+from edgepass.calibration.weight_rounding import quantize_weight
+from edgepass.ops.errors import CalibrationError
+
+# The head's divergence, which takes a softmax of the vocabulary a candidate, is computed for every
+# so many tokens.
+_HEAD_STRIDE = 4
+# Of each candidate on one chunk: the divergence a token, the power of the site's values, and that
+# of their error.
+MEASURES = ("kl", "signal", "error")
+
+
+@dataclass
+class Measured:
+    """A site and its candidates, with all that measuring them needs."""
+
+    place: SitePlace
+    choices: Sequence[Choice]
+    rounded: list[RoundedWeight] = field(default_factory=list)
+    roundings: list[Rounding] = field(default_factory=list)
+
+
+def prepare_sites(model: nn.Module, sites: Mapping[SitePlace, Sequence[Choice]]) -> list[Measured]:
+    """Round the weight of each site by each of its candidates: a byte a value is kept.
+
+    Algorithms that need calibration are stood in for by the nearest that needs none.
+    """
+    measured, known = [], {}
+    for place, choices in sites.items():
+        each = Measured(place, choices)
+        for choice in choices:
+            if choice.spec is None:
+                assert choice.bits is not None, "an activation has bits"
+                asked = choice.activations
+                each.roundings.append(rounding_of(choice.bits, asked.kind if asked else None))
+                continue
+            weight: Any = model.get_submodule(place.module).weight
+            key = (id(weight), choice.spec)
+            if key not in known:
+                known[key] = quantize_weight(weight.detach(), choice.spec)  # type: ignore[arg-type]
+            each.rounded.append(known[key])
+        measured.append(each)
+    return measured
+
+
+class SensitivityProbe:
+    """Measures all candidates of all sites on one chunk: a forward pass and a backward pass."""
+
+    def __init__(self, model: Any, sites: Sequence[Measured], seed: int) -> None:
+        self.model, self.sites, self.seed = model, sites, seed
+        self._rows: dict[str, Tensor] = {}
+
+    def run(self, chunk: Tensor, number: int) -> Tensor:
+        """The MEASURES of each candidate, site by site, on token ids ``chunk`` ``[T]``.
+
+        Float64 ``[candidates, 3]``. ``number`` is the chunk's in the text: with the seed it decides
+        the random signs. Raises CalibrationError for values or gradients that are not finite.
+        """
+        self._rows = {}
+        with ExitStack() as stack, torch.enable_grad():
+            for site in self.sites:
+                self._watch(site, stack)
+            watch_attention(stack, self.model, self.sites, self._note_parts)
+            logits = self.model(chunk[None], use_cache=False).logits[0]
+            _check_finite(logits, "the logits")
+            logits.backward(self._direction(logits.detach(), number))
+        return torch.cat([self._rows[site.place.name] for site in self.sites])
+
+    def _direction(self, logits: Tensor, number: int) -> Tensor:
+        # torch's generator reads the low 32 bits of a seed only.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8)
+        return fisher_direction(logits.softmax(-1), signs.mul_(2).sub_(1))
+
+    def _watch(self, site: Measured, stack: ExitStack) -> None:
+        place = site.place
+        if place.part is not None:
+            return
+        module = self.model.get_submodule(place.module)
+        if place.kind == "activation":
+            hook = module.register_forward_pre_hook(lambda _, args: self._input(site, args[0]))
+        elif place.kind == "head":
+            hook = module.register_forward_hook(lambda _, args, out: self._head(site, args[0], out))
+        elif place.kind == "embedding":
+            hook = module.register_forward_hook(
+                lambda _, args, out: self._table(site, args[0], out)
+            )
+        else:
+            hook = module.register_forward_hook(
+                lambda _, args, out: self._weight(site, args[0], out)
+            )
+        stack.callback(hook.remove)
+
+    def _input(self, site: Measured, x: Tensor) -> None:
+        if x.requires_grad:
+            x.register_hook(lambda grad: self._note_parts(site, [(x.detach(), grad)]))
+
+    def _weight(self, site: Measured, x: Tensor, out: Tensor) -> None:
+        weight: Any = self.model.get_submodule(site.place.module).weight
+        rows, result = x.detach().flatten(0, -2), out.detach()
+
+        def note(grad: Tensor) -> None:
+            _check_finite(grad, site.place.name)
+            flat = grad.flatten(0, -2)
+            signal = result.double().square().sum()
+            found = []
+            for rounded in site.rounded:
+                error = rows @ weight_error(rounded, weight).t()
+                found.append(_measures(_divergence(flat, error), signal, error))
+            self._rows[site.place.name] = torch.stack(found)
+
+        out.register_hook(note)
+
+    def _table(self, site: Measured, ids: Tensor, out: Tensor) -> Tensor:
+        """The embedding: the first value that is differentiated, so that all behind it are."""
+        weight: Any = self.model.get_submodule(site.place.module).weight
+        scale = _embedding_scale(self.model.get_submodule(site.place.module))
+        start = out.detach().requires_grad_()
+        rows = ids.flatten()
+
+        def note(grad: Tensor) -> None:
+            _check_finite(grad, site.place.name)
+            flat, signal = grad.flatten(0, -2), start.detach().double().square().sum()
+            found = []
+            for rounded in site.rounded:
+                error = _rows_of(rounded, rows).dequantize() - weight[rows]
+                error *= scale
+                found.append(_measures(_divergence(flat, error), signal, error))
+            self._rows[site.place.name] = torch.stack(found)
+
+        start.register_hook(note)
+        return start
+
+    def _head(self, site: Measured, x: Tensor, out: Tensor) -> None:
+        weight: Any = self.model.get_submodule(site.place.module).weight
+        rows = x.detach().flatten(0, -2)[::_HEAD_STRIDE]
+        logits = out.detach().flatten(0, -2)[::_HEAD_STRIDE]
+        known = self._capped(logits).log_softmax(-1)
+        signal = logits.double().square().sum()
+        found = []
+        with torch.no_grad():
+            for rounded in site.rounded:
+                error = rows @ weight_error(rounded, weight).t()
+                other = self._capped(logits + error).log_softmax(-1)
+                divergence = (known.exp() * (known - other)).sum(-1).double().clamp(min=0)
+                found.append(_measures(divergence.mean(), signal, error))
+        self._rows[site.place.name] = torch.stack(found)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """What the model makes of its head's output: Gemma 2 caps it softly."""
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _note_parts(self, site: Measured, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Values that are rounded themselves, each with its gradient, tokens in dimension -2."""
+        for _, grad in parts:
+            _check_finite(grad, site.place.name)
+        signal = sum(value.double().square().sum() for value, _ in parts)
+        found = []
+        for rounding in site.roundings:
+            along, power = (
+                torch.zeros((), dtype=torch.float64),
+                torch.zeros((), dtype=torch.float64),
+            )
+            for value, grad in parts:
+                error = rounding(value) - value
+                shares = (grad * error).double().sum(-1)
+                # All heads of a token count together, where there are heads.
+                while shares.dim() > 1:
+                    shares = shares.sum(0)
+                along = along + shares.square()
+                power = power + error.double().square().sum()
+            found.append(torch.stack([0.5 * along.mean(), torch.as_tensor(signal), power]))
+        self._rows[site.place.name] = torch.stack(found)
+
+
+def fisher_direction(p: Tensor, signs: Tensor) -> Tensor:
+    """A vector a token whose covariance over random ``signs`` is diag(p) - p p^T, ``[T, V]``."""
+    drawn = p.sqrt() * signs
+    return drawn - p * drawn.sum(-1, keepdim=True)
+
+
+def _divergence(grad: Tensor, error: Tensor) -> Tensor:
+    """The divergence a token of an error ``[T, N]`` with gradient ``[T, N]``, float64."""
+    shared = error.mean(0)
+    own = (grad * (error - shared)).sum(-1).double().square().sum()
+    together = (grad.sum(0) * shared).double().sum().square()
+    return 0.5 * (own + together) / len(error)
+
+
+def _measures(divergence: Tensor, signal: Tensor, error: Tensor) -> Tensor:
+    return torch.stack([divergence, signal, error.double().square().sum()])
+
+
+def _rows_of(rounded: RoundedWeight, rows: Tensor) -> RoundedWeight:
+    values, scale, zero = rounded
+    return RoundedWeight(values[rows], scale[rows], None if zero is None else zero[rows])
+
+
+def _embedding_scale(module: nn.Module) -> float:
+    """What an embedding multiplies its rows by (Gemma)."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return float(scale)
+
+
+def _check_finite(value: Tensor, name: str) -> None:
+    if not bool(value.isfinite().all()):
+        raise CalibrationError(
+            f"not finite: got NaN or infinity in {name} during the analysis, accepted are models "
+            "and texts with finite values"
+        )

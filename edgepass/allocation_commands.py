@@ -1,0 +1,134 @@
+"""What ``edgepass allocate`` does, without its options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from edgepass.analysis import allocate, choose_backend
+from edgepass.analysis_commands import write_file
+from edgepass.calibration.allocated_recipe import allocated_recipe
+from edgepass.calibration.allocation import Allocation, AllocationProblem
+from edgepass.calibration.analysis import Analysis, read_analysis
+from edgepass.calibration.recipe_file import format_recipe
+from edgepass.ops.errors import LibraryError
+
+RECIPE, RESULT, PAGE, QNN_RECIPE = (
+    *("recipe.yaml", "allocation.json", "allocation.html", "qnn_recipe.py"),
+)
+
+
+def allocate_command(
+    folder: Path,
+    backend: str | None,
+    target_mb: float | None,
+    target_bpw: float | None,
+    max_perplexity_increase: float | None,
+    same: list[str],
+    html: bool,
+) -> dict[str, Any]:
+    """Allocate, write what was chosen into ``folder``, and return it as ``allocation.json`` has it.
+
+    Raises what ``edgepass.allocate`` raises, OutputError if nothing can be written there,
+    LibraryError for a page without the extra that draws it.
+    """
+    if html:
+        _need_jinja()
+    analysis = read_analysis(folder)
+    chosen = allocate(
+        analysis,
+        backend=backend,
+        target_mb=target_mb,
+        target_bpw=target_bpw,
+        max_perplexity_increase=max_perplexity_increase,
+        same=same,
+    )
+    problem = AllocationProblem(analysis, choose_backend(analysis, backend), same)
+    recipe = allocated_recipe(analysis, chosen, f"{analysis.recipe['name']}-{_size(chosen)}")
+    result = describe(problem, chosen, analysis)
+    files = {RECIPE: format_recipe(recipe), RESULT: json.dumps(result, indent=1) + "\n"}
+    if chosen.backend == "qnn":
+        from edgepass.lowering.qnn_recipe_source import qnn_recipe_source
+
+        files[QNN_RECIPE] = qnn_recipe_source(
+            recipe, [s.modules[0] for s in _stored(analysis, chosen)]
+        )
+    if html:
+        from edgepass.allocation_page import render_page
+
+        files[PAGE] = render_page(analysis, result)
+    for name, text in files.items():
+        write_file(folder / name, text)
+    return result
+
+
+def describe(problem: AllocationProblem, chosen: Allocation, analysis: Analysis) -> dict[str, Any]:
+    """An allocation, the whole front and the uniform recipes as plain values."""
+    labels = {c.label: None for site in _stored(analysis, chosen) for c in site.candidates}
+    uniform = {label: problem.uniform(label) for label in labels}
+    return {
+        "model": analysis.model,
+        "backend": chosen.backend,
+        **_point(chosen),
+        "smallest_bytes": problem.smallest,
+        "sites": {
+            name: {"candidate": c.label, "bytes": c.bytes[chosen.backend], "kl": _kl(c)}
+            for name, c in chosen.choice.items()
+        },
+        "front": [_point(each) for each in problem.front()],
+        "uniform": [
+            {"candidate": label, **_point(each)} for label, each in uniform.items() if each
+        ],
+    }
+
+
+def _stored(analysis: Analysis, chosen: Allocation) -> list[Any]:
+    return [site for site in analysis.sites if site.name in chosen.choice]
+
+
+def _kl(candidate: Any) -> float:
+    return float(candidate.kl if candidate.exact_kl is None else candidate.exact_kl)
+
+
+def _point(each: Allocation) -> dict[str, Any]:
+    return {
+        "bytes": each.bytes,
+        "bits_per_weight": each.bits_per_weight,
+        "kl": each.kl,
+        "perplexity_increase": each.perplexity_increase,
+        "gap": each.gap,
+    }
+
+
+def _size(chosen: Allocation) -> str:
+    return f"{chosen.bits_per_weight:.2f}bpw"
+
+
+def _need_jinja() -> None:
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise LibraryError("no jinja2, which --html needs: install edgepass[report]") from error
+
+
+def print_allocation(result: dict[str, Any], folder: Path) -> None:
+    """Print what was chosen: the counts of each candidate, and the figures."""
+    counts: dict[str, list[int]] = {}
+    for site in result["sites"].values():
+        entry = counts.setdefault(site["candidate"], [0, 0])
+        entry[0] += 1
+        entry[1] += site["bytes"]
+    table = Table("candidate", "sites", "MB")
+    for label, (count, size) in sorted(counts.items()):
+        table.add_row(label, str(count), f"{size / 1e6:.2f}")
+    Console().print(table)
+    print(
+        f"{result['bytes'] / 1e6:.2f} MB of weights for {result['backend']}, "
+        f"{result['bits_per_weight']:.3f} bits a weight, summed KL {result['kl']:.4g} nats a token "
+        f"(perplexity about +{result['perplexity_increase']:.1%}), at most {result['gap']:.2g} of "
+        f"it above the optimum: {folder / RECIPE}"
+    )

@@ -1,0 +1,119 @@
+"""What ``edgepass analyze`` does, without its options."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from edgepass import console
+from edgepass.calibration.analysis import ANALYSIS, Analysis, Site, format_analysis
+from edgepass.calibration.recipe_file import find_recipe
+from edgepass.ops.errors import OutputError
+
+_SHOWN = 20
+
+
+def analyze_command(
+    model: str,
+    recipe: str,
+    calibration: Path,
+    tokens: int,
+    chunk_tokens: int,
+    out: Path,
+    exact: int,
+    seed: int,
+    layers: int | None,
+    trust_remote_code: bool,
+) -> Analysis | None:
+    """Load, analyse and write ``out/analysis.json``; return it, None in all but the first process.
+
+    The state is kept beside ``out`` until it is written, so that the same command goes on where it
+    was killed. Raises what ``edgepass.analyze`` raises, OutputError for a folder that cannot be
+    written.
+    """
+    with console.show_progress() as progress:
+        progress("load")
+        from edgepass.analysis import analyze, backends_of
+        from edgepass.calibration.chunks import chunks_of, read_chunks
+        from edgepass.calibration.workers import Workers
+        from edgepass.models.load import load_model
+
+        chosen = find_recipe(recipe)
+        backends_of(chosen)
+        loaded, tokenizer = load_model(model, layers=layers, trust_remote_code=trust_remote_code)
+        chunks = read_chunks(tokenizer, calibration, *chunks_of(tokens, chunk_tokens))
+        state = out.absolute().parent / f".{out.name}.analysis"
+        found = analyze(
+            loaded,
+            chosen,
+            chunks,
+            exact=exact,
+            seed=seed,
+            name=model,
+            layers=layers,
+            checkpoint=state,
+            progress=progress,
+            log=console.say,
+        )
+        if Workers.here().rank:
+            return None
+        progress("write")
+        write_file(out / ANALYSIS, format_analysis(found))
+        discard(state)
+    return found
+
+
+def discard(state: Path) -> None:
+    """Remove the state of a finished analysis."""
+    for path in state.glob("*of*.safetensors"):
+        path.unlink(missing_ok=True)
+    if state.exists() and not any(state.iterdir()):
+        state.rmdir()
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all, making its folder. Raises OutputError."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(text, "utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise OutputError(
+            f"cannot write: got out={path.parent} ({error.strerror}), accepted are folders that "
+            "can be written"
+        ) from error
+
+
+def print_analysis(analysis: Analysis, out: Path) -> None:
+    """Print the sites whose coarsest candidate hurts most, and where the whole table is."""
+    table = Table("site", "candidate", "KL (nats a token)", "95 % interval", "exact KL", "SQNR dB")
+    rows = sorted(analysis.sites, key=lambda site: -_candidate(site).kl)
+    for site in rows[:_SHOWN]:
+        worst = _candidate(site)
+        low, high = worst.kl_interval or (worst.kl, worst.kl)
+        table.add_row(
+            site.name,
+            worst.label,
+            f"{worst.kl:.3g}",
+            f"{low:.3g} to {high:.3g}",
+            "" if worst.exact_kl is None else f"{worst.exact_kl:.3g}",
+            f"{worst.sqnr_db:.1f}",
+        )
+    Console().print(table)
+    print(f"{len(analysis.sites)} sites, {_count(analysis)} candidates: {out / ANALYSIS}")
+
+
+def _candidate(site: Site) -> Any:
+    """The candidate that a table shows of a site: 4 bits by groups of 32, or the first."""
+    shown = [c for c in site.candidates if c.label in ("int4-g32", "int4-b32")]
+    return (shown or list(site.candidates))[0]
+
+
+def _count(analysis: Analysis) -> int:
+    return sum(len(site.candidates) for site in analysis.sites)

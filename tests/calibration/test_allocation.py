@@ -1,0 +1,149 @@
+"""Allocations against trying every choice, and what is said of budgets that cannot be met."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgepass.calibration.allocated_recipe import allocated_recipe
+from edgepass.calibration.allocation import AllocationProblem
+from edgepass.calibration.analysis import Analysis, Candidate, Site
+from edgepass.calibration.recipe_sections import Weights
+from edgepass.ops.errors import AllocationError, InvalidArgumentError
+
+LABELS = {
+    "int4-g64": Weights(bits=4, granularity="group", group_size=64),
+    "int4-g32": Weights(bits=4, granularity="group", group_size=32),
+    "int8-channel": Weights(bits=8, granularity="channel"),
+}
+ROLES = ("q_proj", "k_proj", "v_proj", "up_proj")
+
+
+def analysis(seed: int, layers: int = 2, **fields) -> Analysis:
+    random = np.random.default_rng(seed)
+    sites = []
+    for layer, role in itertools.product(range(layers), ROLES):
+        name = f"model.layers.{layer}.{role}"
+        candidates = tuple(
+            Candidate(
+                label=label,
+                weights=weights,
+                bytes={"xnnpack": int(size * random.uniform(90, 110))},
+                sqnr_db=20.0,
+                kl=float(random.uniform(0.5, 2) * 4.0**-size),
+            )
+            for size, (label, weights) in enumerate(LABELS.items(), 1)
+        )
+        sites.append(
+            Site(
+                name=name,
+                kind="weight",
+                modules=(name,),
+                layer=layer,
+                role=role,
+                shape=(4, 64),
+                values=256,
+                candidates=candidates,
+                **fields,
+            )
+        )
+    return Analysis(
+        model="tiny",
+        recipe={"name": "8da4w", "activations": {"kind": "dynamic"}},
+        identity={},
+        chunks=1,
+        chunk_tokens=8,
+        seed=0,
+        sites=tuple(sites),
+    )
+
+
+def every_choice(found: Analysis):
+    for picked in itertools.product(*(site.candidates for site in found.sites)):
+        yield sum(c.kl for c in picked), sum(c.bytes["xnnpack"] for c in picked)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 999), part=st.floats(0, 1))
+def test_no_choice_is_better(seed: int, part: float) -> None:
+    found = analysis(seed)
+    problem = AllocationProblem(found, "xnnpack")
+    budget = round(problem.smallest + part * (problem.largest - problem.smallest))
+    best = problem.within_bytes(budget)
+    wanted = min(kl for kl, size in every_choice(found) if size <= budget)
+    assert best.bytes <= budget
+    assert best.kl == pytest.approx(wanted, rel=1e-9)
+    assert best.gap < 1e-5
+    least = problem.within_kl(best.kl * (1 + 1e-9))
+    assert least.bytes <= best.bytes
+    assert least.kl <= best.kl * (1 + 1e-8)
+
+
+def test_sites_that_agree_take_one_candidate() -> None:
+    found = analysis(1, agrees="all")
+    problem = AllocationProblem(found, "xnnpack")
+    assert len(problem.groups) == 1
+    for budget in (problem.smallest, problem.largest):
+        labels = {c.label for c in problem.within_bytes(budget).choice.values()}
+        assert len(labels) == 1
+
+
+def test_families_agree_within_a_layer_if_asked() -> None:
+    problem = AllocationProblem(analysis(2), "xnnpack", ["qkv"])
+    middle = problem.within_bytes((problem.smallest + problem.largest) // 2)
+    for layer in range(2):
+        names = [f"model.layers.{layer}.{role}" for role in ("q_proj", "k_proj", "v_proj")]
+        assert len({middle.choice[name].label for name in names}) == 1
+    with pytest.raises(InvalidArgumentError, match="accepted are qkv, gate_up"):
+        AllocationProblem(analysis(2), "xnnpack", ["x"])
+
+
+def test_an_impossible_budget_says_the_smallest_possible_one() -> None:
+    problem = AllocationProblem(analysis(3), "xnnpack")
+    with pytest.raises(AllocationError, match=f"is {problem.smallest} bytes"):
+        problem.within_bytes(problem.smallest - 1)
+    assert problem.within_bytes(problem.smallest).bytes == problem.smallest
+    least = math.expm1(problem.least_kl)
+    with pytest.raises(AllocationError, match=f"is {least:.4g}"):
+        problem.within_kl(problem.least_kl * 0.9)
+    with pytest.raises(AllocationError, match="backend=qnn"):
+        AllocationProblem(analysis(3), "qnn")
+
+
+def test_the_front_falls_and_ends_at_the_ends() -> None:
+    problem = AllocationProblem(analysis(4), "xnnpack")
+    front = problem.front(9)
+    sizes, divergences = [each.bytes for each in front], [each.kl for each in front]
+    assert sizes == sorted(set(sizes))
+    assert divergences == sorted(divergences, reverse=True)
+    assert (sizes[0], divergences[-1]) == (problem.smallest, pytest.approx(problem.least_kl))
+    uniform = problem.uniform("int4-g32")
+    assert uniform is not None
+    assert problem.within_bytes(uniform.bytes).kl <= uniform.kl
+
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=10)
+def test_the_recipe_asks_for_what_was_chosen(seed: int) -> None:
+    found = analysis(seed)
+    problem = AllocationProblem(found, "xnnpack")
+    chosen = problem.within_bytes((problem.smallest + problem.largest) // 2)
+    recipe = allocated_recipe(found, chosen, "chosen")
+    assert recipe.backend == "xnnpack"
+    for name, candidate in chosen.choice.items():
+        weights = recipe.for_module(name).weights
+        assert (weights.bits, weights.granularity) == (
+            candidate.weights.bits,
+            candidate.weights.granularity,
+        )
+        assert weights.group_size == candidate.weights.group_size
+
+
+def test_one_choice_for_all_of_a_role_is_one_pattern() -> None:
+    problem = AllocationProblem(analysis(5), "xnnpack")
+    uniform = problem.uniform("int8-channel")
+    recipe = allocated_recipe(analysis(5), uniform, "wide")
+    assert sorted(each.modules for each in recipe.overrides) == sorted(f"*.{r}" for r in ROLES)

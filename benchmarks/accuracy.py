@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from computed import Computed, compute_in_float
 from torch import Tensor, nn
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
 
@@ -28,34 +29,11 @@ from edgepass.calibration.recipe_file import find_recipe
 from edgepass.calibration.recipes import quantize_model
 from edgepass.calibration.weight_rounding import NEED_STATISTICS
 from edgepass.models.load import load_model
-from edgepass.ops.quantize import quantize_dequantize
 from edgepass.perplexity import of_model, perplexity
 from measuring import machine, table
 
 _CHUNK = 512
 ALGORITHMS = ["rtn", "hqq", "mse", "seqmse", "gptq", "spinquant+rtn", "spinquant+gptq"]
-
-
-class Computed(nn.Module):
-    """A linear of an int8 activation and a dequantized weight: torchao's numbers, in less time."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(quantize_dequantize(x), self.weight)
-
-
-def compute_in_float(model: Any) -> Any:
-    """Dequantize the weights of a quantized ``model`` once, not at each call."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Computed(module.weight.dequantize()))
-        elif isinstance(module, nn.Embedding):
-            module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
-    return model
 
 
 def plain(weight: Tensor, group_size: int) -> Tensor:

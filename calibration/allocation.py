@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 from edgepass.calibration.analysis import Analysis, Candidate, Site
 from edgepass.calibration.recipe_sections import Backend
 from edgepass.ops.errors import AllocationError, InvalidArgumentError
+from edgepass.ops.native_output import native_output_captured
 
 # Modules whose weights a runtime may compute as one: they can be made to agree.
 MERGED = {
@@ -28,6 +29,8 @@ MERGED = {
 _RELATIVE_GAP = 1e-6
 _TIME_LIMIT_S = 120.0
 _ATTEMPTS = 5
+# The budget in the solver's units: its tolerance of 1e-6 is then below a byte in a gigabyte.
+_LIMIT = 1e3
 
 
 @dataclass(frozen=True)
@@ -184,17 +187,18 @@ class AllocationProblem:
         owner = np.repeat(np.arange(len(sizes)), sizes)
         one = csr_array((np.ones(len(options)), (owner, np.arange(len(options)))))
         scale = costs.sum() / len(sizes) or 1.0  # numbers near 1, for the solver's tolerances
-        part = max(limit, 1e-300)
-        result = milp(
-            costs / scale,
-            constraints=[
-                LinearConstraint(one, 1, 1),
-                LinearConstraint((weights / part)[None], -np.inf, 1.0),
-            ],
-            bounds=Bounds(0, 1),
-            integrality=np.ones(len(options)),
-            options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _TIME_LIMIT_S},
-        )
+        part = max(limit, 1e-300) / _LIMIT
+        with native_output_captured():  # HiGHS prints what it notices
+            result = milp(
+                costs / scale,
+                constraints=[
+                    LinearConstraint(one, 1, 1),
+                    LinearConstraint((weights / part)[None], -np.inf, _LIMIT),
+                ],
+                bounds=Bounds(0, 1),
+                integrality=np.ones(len(options)),
+                options={"mip_rel_gap": _RELATIVE_GAP, "time_limit": _TIME_LIMIT_S},
+            )
         if result.x is None:
             raise AllocationError(
                 f"not solved in {_TIME_LIMIT_S:.0f} s: got {len(sizes)} sites and {len(options)} "

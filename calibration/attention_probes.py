@@ -90,7 +90,8 @@ class _Probe:
 
     def operand(self, name: str, value: Tensor) -> Tensor:
         if value.requires_grad:
-            value.register_hook(lambda grad: self._keep(name, value.detach(), grad))
+            found = value.detach()
+            value.register_hook(lambda grad: self._keep(name, found, grad))
         return value
 
     def _keep(self, name: str, value: Tensor, grad: Tensor) -> None:

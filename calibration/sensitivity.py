@@ -4,10 +4,10 @@ To second order the divergence KL(p || p') of the logits' distribution after a c
 logits is d^T F d / 2, with F = diag(p) - p p^T, their Fisher information. A random vector v of the
 covariance F gives E[(v . d)^2] = d^T F d, and by the chain rule v . d = g . e, where e is the error
 at the site and g the gradient of (v . logits) there: one backward pass serves every site and every
-candidate. The error of a weight has a part that all tokens share, since their inputs have a mean;
-its products are summed before they are squared. The rest is taken as uncorrelated between tokens,
-as the rounding of values is: a token's share is (g_t . e_t)^2. The head's own candidates are not
-estimated: their divergence is computed.
+candidate. The errors of a weight are alike where tokens are, so that their products are summed over
+blocks of tokens before they are squared: longer blocks miss less, but of one chunk there are fewer
+of them. The rounding of values is taken as uncorrelated: a token's share is (g_t . e_t)^2. The
+head's own candidates are not estimated: their divergence is computed.
 
 v = sqrt(p) r - p (sqrt(p) . r) with random signs r has that covariance, exactly.
 """
@@ -33,6 +33,9 @@ from edgepass.ops.errors import CalibrationError
 # The head's divergence, which takes a softmax of the vocabulary a candidate, is computed for every
 # so many tokens.
 _HEAD_STRIDE = 4
+# Tokens whose errors are summed. On SmolLM2-135M 64 come nearest to the exact divergences, nearer
+# than single tokens, whole chunks, or the mean error apart from the rest.
+_BLOCK = 64
 # Of each candidate on one chunk: the divergence a token, the power of the site's values, and that
 # of their error.
 MEASURES = ("kl", "signal", "error")
@@ -120,8 +123,10 @@ class SensitivityProbe:
         stack.callback(hook.remove)
 
     def _input(self, site: Measured, x: Tensor) -> None:
+        # Hooks keep what they refer to: the value without its graph, or nothing is ever freed.
+        value = x.detach()
         if x.requires_grad:
-            x.register_hook(lambda grad: self._note_parts(site, [(x.detach(), grad)]))
+            x.register_hook(lambda grad: self._note_parts(site, [(value, grad)]))
 
     def _weight(self, site: Measured, x: Tensor, out: Tensor) -> None:
         weight: Any = self.model.get_submodule(site.place.module).weight
@@ -143,12 +148,13 @@ class SensitivityProbe:
         """The embedding: the first value that is differentiated, so that all behind it are."""
         weight: Any = self.model.get_submodule(site.place.module).weight
         scale = _embedding_scale(self.model.get_submodule(site.place.module))
-        start = out.detach().requires_grad_()
+        value = out.detach()
+        start = value.clone().requires_grad_()
         rows = ids.flatten()
 
         def note(grad: Tensor) -> None:
             _check_finite(grad, site.place.name)
-            flat, signal = grad.flatten(0, -2), start.detach().double().square().sum()
+            flat, signal = grad.flatten(0, -2), value.double().square().sum()
             found = []
             for rounded in site.rounded:
                 error = _rows_of(rounded, rows).dequantize() - weight[rows]
@@ -210,10 +216,9 @@ def fisher_direction(p: Tensor, signs: Tensor) -> Tensor:
 
 def _divergence(grad: Tensor, error: Tensor) -> Tensor:
     """The divergence a token of an error ``[T, N]`` with gradient ``[T, N]``, float64."""
-    shared = error.mean(0)
-    own = (grad * (error - shared)).sum(-1).double().square().sum()
-    together = (grad.sum(0) * shared).double().sum().square()
-    return 0.5 * (own + together) / len(error)
+    shares = (grad * error).sum(-1).double()
+    blocks = torch.nn.functional.pad(shares, (0, -len(shares) % _BLOCK)).view(-1, _BLOCK)
+    return 0.5 * blocks.sum(1).square().sum() / len(shares)
 
 
 def _measures(divergence: Tensor, signal: Tensor, error: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from edgepass import console
 from edgepass.calibration.analysis import ANALYSIS, Analysis, Site, format_analysis
@@ -15,6 +15,7 @@ from edgepass.calibration.recipe_file import find_recipe
 from edgepass.ops.errors import OutputError
 
 _SHOWN = 20
+_WIDTH = 110  # what a site's path needs beside its figures
 
 
 def analyze_command(
@@ -92,20 +93,21 @@ def write_file(path: Path, text: str) -> None:
 
 def print_analysis(analysis: Analysis, out: Path) -> None:
     """Print the sites whose coarsest candidate hurts most, and where the whole table is."""
-    table = Table("site", "candidate", "KL (nats a token)", "95 % interval", "exact KL", "SQNR dB")
+    table = Table("candidate", "KL, nats a token", "exact", "SQNR dB")
+    table.columns.insert(0, Column("site", no_wrap=True, overflow="fold"))
     rows = sorted(analysis.sites, key=lambda site: -_candidate(site).kl)
     for site in rows[:_SHOWN]:
         worst = _candidate(site)
-        low, high = worst.kl_interval or (worst.kl, worst.kl)
+        interval = worst.kl_interval
+        spread = "" if interval is None else f" ({interval[0]:.2g} to {interval[1]:.2g})"
         table.add_row(
             site.name,
             worst.label,
-            f"{worst.kl:.3g}",
-            f"{low:.3g} to {high:.3g}",
-            "" if worst.exact_kl is None else f"{worst.exact_kl:.3g}",
+            f"{worst.kl:.2g}{spread}",
+            "" if worst.exact_kl is None else f"{worst.exact_kl:.2g}",
             f"{worst.sqnr_db:.1f}",
         )
-    Console().print(table)
+    Console(width=max(Console().width, _WIDTH)).print(table)
     print(f"{len(analysis.sites)} sites, {_count(analysis)} candidates: {out / ANALYSIS}")
 
 

@@ -19,8 +19,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from edgepass.lowering.qnn_quiet import quiet_compiler
 from edgepass.ops.errors import InvalidArgumentError, LibraryError
+from edgepass.ops.native_output import native_output_captured
 
 WHEEL = "onnxruntime-qnn"
 HOST_FOLDER = Path("lib", "x86_64-linux-clang")
@@ -130,7 +130,7 @@ def _open(root: Path) -> None:
     for name in OPENED:
         path = (root / HOST_FOLDER / name).resolve()
         try:
-            with quiet_compiler():
+            with native_output_captured():
                 ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
             raise LibraryError(f"unusable QNN library: got {path} ({error}), {_INSTALL}") from error

@@ -35,10 +35,10 @@ from torch.fx import GraphModule, Node
 from edgepass.lowering.qnn_edge import has_direct_form, to_edge_directly
 from edgepass.lowering.qnn_io import PLAIN_INPUTS
 from edgepass.lowering.qnn_libraries import prepare_libraries
-from edgepass.lowering.qnn_quiet import first_error, quiet_compiler
 from edgepass.lowering.qnn_registration import activate, passes_job
 from edgepass.lowering.shapes_only import replace_delegates, with_shapes_only
 from edgepass.ops.errors import ProgramError
+from edgepass.ops.native_output import native_output_captured
 
 _IO_DTYPES = {(0, 255): torch.uint8, (0, 65535): torch.uint16}
 
@@ -60,7 +60,7 @@ def lower_graphs(
     """
     prepare_libraries()
     spec = generate_qnn_executorch_compiler_spec(soc, generate_htp_compiler_spec(use_fp16=fp16))
-    with quiet_compiler() as log:
+    with native_output_captured() as log:
         try:
             edge = _delegate(graphs, inputs, spec, constant_methods)
             # Passes of stock run a delegate's own graph again, which takes no integers.
@@ -69,7 +69,7 @@ def lower_graphs(
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ProgramError(
                 f"the HTP compiler refuses the graph: got methods={', '.join(graphs)}: "
-                f"{first_error(log) or error}; accepted are graphs of operators that it knows"
+                f"{_first_error(log) or error}; accepted are graphs of operators that it knows"
             ) from error
 
 
@@ -127,3 +127,9 @@ def io_dtype(node: Node) -> torch.dtype | None:
     if not attributes:
         return None
     return _IO_DTYPES.get((attributes[QCOM_QUANT_MIN], attributes[QCOM_QUANT_MAX]))
+
+
+def _first_error(log: Any) -> str | None:
+    log.seek(0)
+    lines = (line.partition("[ERROR]")[2].strip() for line in log if "[ERROR]" in line)
+    return next((line.removeprefix("[Qnn ExecuTorch]:").strip() for line in lines if line), None)

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from edgepass.lowering.qnn_libraries import prepare_libraries
-from edgepass.lowering.qnn_quiet import quiet_compiler
 from edgepass.ops.errors import ProgramError
+from edgepass.ops.native_output import native_output_captured
 
 
 class SimulatedProgram:
@@ -27,7 +27,7 @@ class SimulatedProgram:
         _check_whole(Path(path))
         # The program must outlive its methods.
         try:
-            with quiet_compiler():
+            with native_output_captured():
                 self._program = Runtime.get().load_program(Path(path))
         except RuntimeError as error:
             raise ProgramError(
@@ -40,7 +40,7 @@ class SimulatedProgram:
 
     def close(self) -> None:
         """Free the program; it must not be used afterwards. A second call does nothing."""
-        with quiet_compiler():
+        with native_output_captured():
             self._methods.clear()
             self._program = None
 
@@ -55,7 +55,7 @@ class SimulatedProgram:
 
     def run(self, method: str, inputs: list[Tensor]) -> list[Tensor]:
         """Run ``method`` on flat inputs; the outputs are copies."""
-        with quiet_compiler():
+        with native_output_captured():
             if method not in self._methods:
                 self._methods[method] = self._program.load_method(method)
             flat = [each.contiguous() for each in inputs]

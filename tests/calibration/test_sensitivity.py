@@ -1,6 +1,8 @@
 """The cheap score of every site against running the model with that site quantized."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -99,6 +101,19 @@ def test_the_same_seed_gives_the_same_and_another_another() -> None:
     first, second, other = (SensitivityProbe(model, sites, s).run(CHUNKS[0], 3) for s in (0, 0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+def test_a_chunk_leaves_nothing_behind() -> None:
+    model, sites = measured()
+    seen: list[weakref.ref] = []
+    for module in model.modules():
+        module.register_forward_hook(
+            lambda _, args, out: seen.append(weakref.ref(out)) if torch.is_tensor(out) else None
+        )
+    SensitivityProbe(model, sites, 0).run(CHUNKS[0], 0)
+    gc.collect()
+    assert len(seen) > 20
+    assert not any(each() is not None for each in seen)
 
 
 def test_a_value_that_is_not_finite_names_its_place() -> None:

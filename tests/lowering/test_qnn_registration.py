@@ -136,8 +136,8 @@ def test_a_user_s_own_quantizer_and_lowering_run_all_four() -> None:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     from edgepass.lowering.qnn_libraries import prepare_libraries
-    from edgepass.lowering.qnn_quiet import quiet_compiler
     from edgepass.lowering.qnn_recipes import find_chip
+    from edgepass.ops.native_output import native_output_captured
 
     prepare_libraries()
     names: list[str] = []
@@ -145,7 +145,7 @@ def test_a_user_s_own_quantizer_and_lowering_run_all_four() -> None:
     soc, x = find_chip("SM8650"), (torch.randn(1, 8),)
     quantizer = QnnQuantizer(soc_model=soc)
     quantizer.set_default_quant_config(QuantDtype.use_8a8w, is_linear_per_channel=True)
-    with quiet_compiler():
+    with native_output_captured():
         graph = torch.export.export(nn.Linear(8, 8), x).module(check_guards=False)
         prepared = prepare_pt2e(graph, quantizer)
         prepared(*x)

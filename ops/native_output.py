@@ -1,4 +1,4 @@
-"""Keeps what the native QNN libraries print off standard output and error."""
+"""Keeps what native libraries print off standard output and error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 @contextmanager
-def quiet_compiler() -> Iterator[Any]:
+def native_output_captured() -> Iterator[Any]:
     """Send what native code prints in the block to a temporary file, which is yielded."""
     _flush()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -34,9 +34,3 @@ def _flush() -> None:
     sys.stderr.flush()
     # C has buffers of its own, which would otherwise be written after the block.
     ctypes.CDLL(None).fflush(None)
-
-
-def first_error(log: Any) -> str | None:
-    log.seek(0)
-    lines = (line.partition("[ERROR]")[2].strip() for line in log if "[ERROR]" in line)
-    return next((line.removeprefix("[Qnn ExecuTorch]:").strip() for line in lines if line), None)

@@ -1,0 +1,138 @@
+"""`edgepass analyze` and `allocate`, from a checkpoint to a program and a page."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from edgepass.calibration.analysis import read_analysis
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("Hello HeHe worlds! " * 40)
+    return path
+
+
+@pytest.fixture
+def folder(command, checkpoint, text, tmp_path: Path) -> Path:
+    out = tmp_path / "state" / "out"
+    options = ["--calibration", text, "--calibration-tokens", 64, "--chunk-tokens", 16]
+    code, printed, err = command("analyze", "--model", checkpoint, *options, "--out", out, "--json")
+    assert code == 0, err
+    assert json.loads(printed) == json.loads((out / "analysis.json").read_text())
+    assert [each.name for each in out.parent.iterdir()] == ["out"]
+    return out
+
+
+@pytest.mark.parametrize("backend", ["xnnpack", "vulkan"])
+def test_an_allocation_lowers_to_the_bytes_that_it_says(
+    command, checkpoint, folder: Path, tmp_path: Path, backend: str
+) -> None:
+    sizes, programs = [], []
+    for budget in (4.6, 5.5) if backend == "xnnpack" else (5.6, 7.0):
+        code, printed, err = command(
+            "allocate", folder, "--backend", backend, "--target-bpw", budget, "--json"
+        )
+        assert code == 0, err
+        result = json.loads(printed)
+        assert result == json.loads((folder / "allocation.json").read_text())
+        assert result["bits_per_weight"] <= budget
+        assert result["gap"] < 1e-5
+        assert len({site["candidate"] for site in result["sites"].values()}) > 1
+        out = tmp_path / f"{budget}"
+        code, printed, err = command(
+            *("lower", "--model", checkpoint, "--backend", backend, "--context", 24),
+            *("--recipe", folder / "recipe.yaml", "--out", out, "--json"),
+        )
+        assert code == 0, err
+        report = json.loads(printed)
+        assert report["linears"]["fused"] == report["linears"]["total"]
+        sizes.append(result["bytes"])
+        programs.append(report["pte_bytes"])
+    # Beside the weights nothing differs but padding: a few bytes each.
+    difference, wanted = programs[1] - programs[0], sizes[1] - sizes[0]
+    assert wanted > 1000
+    assert abs(difference - wanted) < 0.15 * wanted + 1024
+    code, printed, _ = command("run", out, "--prompt", "He", "--max-new-tokens", 3, "--json")
+    assert code == 0 and json.loads(printed)["generated_tokens"] > 0
+
+
+def test_a_perplexity_is_met_at_the_smallest_size(command, folder: Path) -> None:
+    options = ["allocate", folder, "--backend", "xnnpack", "--json"]
+    results = [
+        json.loads(command(*options, "--max-perplexity-increase", most)[1]) for most in (0.3, 0.1)
+    ]
+    assert results[0]["perplexity_increase"] <= 0.3
+    assert results[1]["perplexity_increase"] <= 0.1
+    assert results[0]["bytes"] <= results[1]["bytes"]
+
+
+def test_what_is_refused(refused, folder: Path, checkpoint, text, tmp_path: Path) -> None:
+    allocate = ["allocate", folder, "--backend", "xnnpack"]
+    assert "the smallest possible for backend=xnnpack is" in refused(
+        *allocate, "--target-mb", 0.001
+    )
+    assert "one budget: got none" in refused(*allocate)
+    assert "one budget" in refused(*allocate, "--target-mb", 1, "--target-bpw", 5)
+    assert "target_bpw=-1" in refused(*allocate, "--target-bpw", -1)
+    assert "accepted are qkv, gate_up" in refused(*allocate, "--target-bpw", 5, "--same", "x")
+    assert "backend=None" in refused("allocate", folder, "--target-bpw", 5)
+    assert "edgepass analyze" in refused("allocate", tmp_path / "none", "--target-bpw", 5)
+    assert not (folder / "recipe.yaml").exists()
+    analyze = ["analyze", "--model", checkpoint, "--calibration", text, "--out", tmp_path / "a"]
+    assert "too short" in refused(*analyze, "--calibration-tokens", 10**6)
+    assert "exact=-1" in refused(*analyze, "--calibration-tokens", 32, "--exact", -1)
+    assert "no backend" in refused(*analyze, "--recipe", _unheld(tmp_path))
+    assert not (tmp_path / "a").exists()
+
+
+def _unheld(folder: Path) -> Path:
+    path = folder / "unheld.yaml"
+    path.write_text("{name: unheld, weights: {bits: 16, granularity: tensor}}")
+    return path
+
+
+def test_without_json_the_worst_sites_are_told(command, checkpoint, text, tmp_path: Path) -> None:
+    options = ["--calibration", text, "--calibration-tokens", 32, "--chunk-tokens", 16]
+    out = tmp_path / "a"
+    code, printed, _ = command("analyze", "--model", checkpoint, *options, "--out", out)
+    assert code == 0
+    assert "model.layers.0.mlp.down_proj" in printed
+    code, printed, _ = command("allocate", out, "--backend", "xnnpack", "--target-bpw", 6)
+    assert code == 0
+    assert "bits a weight, summed KL" in printed
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["backend"] == "xnnpack"
+
+
+def test_the_page_draws_itself_in_a_browser(command, folder: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("no chromium: install Debian's package of that name")
+    code, _, err = command(
+        "allocate", folder, "--backend", "xnnpack", "--target-bpw", 5, "--html", "--json"
+    )
+    assert code == 0, err
+    page = folder / "allocation.html"
+    assert "http://" not in page.read_text().replace("http://www.w3.org/2000/svg", "")
+    done = subprocess.run(
+        [
+            *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"),
+            *("--dump-dom", page.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    drawn, analysis = done.stdout, read_analysis(folder)
+    assert 'data-ready="yes"' in drawn, done.stderr[-2000:]
+    assert drawn.count("<polyline") == 1
+    assert drawn.count('class="uniform"') >= 3
+    table = drawn[drawn.index('<table class="list"') :]
+    assert table.count("<tr>") == 1 + len(analysis.sites)
+    assert all(site.name in table for site in analysis.sites)

@@ -90,14 +90,6 @@ class AnalysisRun:
             sites=tuple(_results(sites, table, exact)),
         )
 
-    def discard(self) -> None:
-        """Remove the checkpoint, when the analysis is written."""
-        if self.checkpoint is not None and self.checkpoint.exists():
-            for path in self.checkpoint.glob("*of*.safetensors"):
-                Checkpoint(path, {}).discard()
-            if not any(self.checkpoint.iterdir()):
-                self.checkpoint.rmdir()
-
     def _measure(self, probe: SensitivityProbe, chunks: Tensor, kept: _Kept) -> Tensor:
         """The measures of all candidates on all chunks, float64 ``[C, candidates, 3]``."""
         share, started, before = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from edgepass.calibration.checkpoint import Checkpoint
+from edgepass.calibration.checkpoint import Checkpoint, discard_states
 from edgepass.calibration.collector import Collector
 from edgepass.calibration.identity import identity_of
 from edgepass.calibration.observe import check_observers
@@ -67,10 +67,7 @@ class Calibration:
     def discard(self) -> None:
         """Remove the checkpoint, when what was made of the calibration is safe."""
         if self.checkpoint is not None:
-            for path in self.checkpoint.glob("*of*.safetensors"):
-                Checkpoint(path, {}).discard()
-            if self.checkpoint.exists() and not any(self.checkpoint.iterdir()):
-                self.checkpoint.rmdir()
+            discard_states(self.checkpoint)
 
     def _kept(self, prepared: GraphModule, chunks: Sequence[Tensor]) -> Checkpoint | None:
         if self.checkpoint is None:

@@ -96,6 +96,14 @@ class Checkpoint:
         )
 
 
+def discard_states(folder: Path) -> None:
+    """Remove the files of all processes in ``folder``, and the folder if nothing else is there."""
+    for path in folder.glob("*of*.safetensors"):
+        Checkpoint(path, {}).discard()
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _staging(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 

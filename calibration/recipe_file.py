@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from edgepass.calibration.recipe import Recipe
 from edgepass.calibration.recipe_presets import find_preset
-from edgepass.ops.errors import InvalidArgumentError, OutputError
+from edgepass.ops.errors import InvalidArgumentError
+from edgepass.ops.whole_file import write_whole
 
 AnyRecipe = str | os.PathLike[str] | Recipe
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -84,7 +85,10 @@ def format_recipe(recipe: Recipe, *, as_json: bool = False) -> str:
     """The text of a file that holds ``recipe``: what it asks for, no defaults."""
     if as_json:
         return json.dumps(recipe.asked(), indent=2) + "\n"
-    return yaml.safe_dump(recipe.asked(), sort_keys=False, allow_unicode=True)
+    asked = recipe.asked()
+    # YAML takes separators such as U+0085 for line ends: what is not printable is escaped.
+    printable = json.dumps(asked, ensure_ascii=False).isprintable()
+    return yaml.safe_dump(asked, sort_keys=False, allow_unicode=printable)
 
 
 def write_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
@@ -92,15 +96,7 @@ def write_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 
     Raises OutputError.
     """
-    target = Path(path)
-    staged = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        staged.write_text(format_recipe(recipe, as_json=target.suffix == ".json"), "utf-8")
-        os.replace(staged, target)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise OutputError(f"cannot write: got out={target} ({error.strerror})") from error
-    return target
+    return write_whole(path, format_recipe(recipe, as_json=Path(path).suffix == ".json"), "recipe")
 
 
 def _first(error: ValidationError) -> str:

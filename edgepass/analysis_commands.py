@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from edgepass import console
 from edgepass.calibration.analysis import ANALYSIS, Analysis, Site, format_analysis
 from edgepass.calibration.recipe_file import find_recipe
 from edgepass.ops.errors import OutputError
+from edgepass.ops.whole_file import write_whole
 
 _SHOWN = 20
 _WIDTH = 110  # what a site's path needs beside its figures
@@ -39,6 +39,7 @@ def analyze_command(
     with console.show_progress() as progress:
         progress("load")
         from edgepass.analysis import analyze, backends_of
+        from edgepass.calibration.checkpoint import discard_states
         from edgepass.calibration.chunks import chunks_of, read_chunks
         from edgepass.calibration.workers import Workers
         from edgepass.models.load import load_model
@@ -64,31 +65,19 @@ def analyze_command(
             return None
         progress("write")
         write_file(out / ANALYSIS, format_analysis(found))
-        discard(state)
+        discard_states(state)
     return found
 
 
-def discard(state: Path) -> None:
-    """Remove the state of a finished analysis."""
-    for path in state.glob("*of*.safetensors"):
-        path.unlink(missing_ok=True)
-    if state.exists() and not any(state.iterdir()):
-        state.rmdir()
-
-
 def write_file(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all, making its folder. Raises OutputError."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file whole, and its folder if there is none. Raises OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, "utf-8")
-        os.replace(staged, path)
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise OutputError(
-            f"cannot write: got out={path.parent} ({error.strerror}), accepted are folders that "
-            "can be written"
+            f"cannot write out={path.parent}: {error.strerror}; give a folder that can be made"
         ) from error
+    write_whole(path, text)
 
 
 def print_analysis(analysis: Analysis, out: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from edgepass.ops.encodings import Encoding, EncodingTable
-from edgepass.ops.errors import EncodingError, OutputError
+from edgepass.ops.errors import EncodingError
+from edgepass.ops.whole_file import write_whole
 
 VERSION = "1.0.0"
 # HTP stores the scale of a block as 4 bits times a float scale of its channel.
@@ -39,17 +39,7 @@ def write_encodings_file(path: str | os.PathLike[str], table: EncodingTable) -> 
     symmetric), and OutputError if it cannot be written.
     """
     text = json.dumps(to_document(table), indent=1) + "\n"
-    target = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            staging = Path(folder) / target.name
-            staging.write_text(text, encoding="utf-8")
-            os.replace(staging, target)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write encodings={target}: {error.strerror or error}; give a folder that "
-            "can be written"
-        ) from error
+    write_whole(path, text, "encodings")
 
 
 def read_encodings_file(path: str | os.PathLike[str]) -> EncodingTable:

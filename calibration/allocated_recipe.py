@@ -17,34 +17,41 @@ def allocated_recipe(analysis: Analysis, allocation: Allocation, name: str) -> R
 
     Modules of one role that all get the same share a pattern.
     """
-    base = _without_weights(Recipe.model_validate(analysis.recipe))
     sites = [site for site in analysis.sites if site.name in allocation.choice]
+    base = _without_weights_of(Recipe.model_validate(analysis.recipe), sites)
     wanted = {site.name: _section(allocation, site) for site in sites}
-    overrides: list[Override] = []
     by_role: dict[str, list[Site]] = {}
     for site in sites:
         if wanted[site.name] != _resolved(base, site):
             by_role.setdefault(site.role, []).append(site)
+    # A pattern of ours might not be narrower than one that is there already: names always are.
+    patterns = not any(each.weights.model_fields_set for each in base.overrides)
+    overrides: list[Override] = []
     for role, changed in by_role.items():
-        overrides += _overrides(role, changed, sites, wanted)
+        overrides += _overrides(role, changed, sites if patterns else (), wanted)
     return base.changed(
         name=name, backend=allocation.backend, overrides=(*base.overrides, *overrides)
     )
 
 
-def _without_weights(recipe: Recipe) -> Recipe:
-    """The recipe without what its overrides ask of weights, which the allocation decides."""
-    kept = [
-        Override.model_validate({**asked, "modules": each.modules})
-        for each in recipe.overrides
-        if (asked := each.model_dump(exclude={"modules", "weights"}, exclude_defaults=True))
-    ]
+def _without_weights_of(recipe: Recipe, sites: Sequence[Site]) -> Recipe:
+    """The recipe without what its overrides ask of the weights of single ``sites``."""
+    names = {path for site in sites for path in site.modules}
+    kept = []
+    for each in recipe.overrides:
+        if each.modules in names:
+            asked = each.model_dump(exclude={"modules", "weights"}, exclude_defaults=True)
+            if not asked:
+                continue
+            each = Override.model_validate({**asked, "modules": each.modules})
+        kept.append(each)
     return recipe.changed(overrides=tuple(kept))
 
 
 def _overrides(
     role: str, changed: Sequence[Site], sites: Sequence[Site], wanted: Mapping[str, Weights]
 ) -> list[Override]:
+    """Overrides for ``changed``: one pattern if it fits all of ``sites`` that it matches."""
     pattern = f"*.{role}"
     matched = [site for site in sites if fnmatchcase(site.modules[0], pattern)]
     same = len({wanted[site.name].model_dump_json() for site in matched}) == 1

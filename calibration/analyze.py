@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from edgepass.calibration.exact_divergence import ExactDivergence
 from edgepass.calibration.identity import model_identity
 from edgepass.calibration.recipe import Recipe
 from edgepass.calibration.recipe_modules import plan_modules
+from edgepass.calibration.recipe_section import suggest
 from edgepass.calibration.recipe_sections import Backend
 from edgepass.calibration.sensitivity import Measured, SensitivityProbe, prepare_sites
-from edgepass.calibration.sites import find_sites
+from edgepass.calibration.sites import SitePlace, find_sites
 from edgepass.calibration.workers import Workers
-from edgepass.ops.errors import CalibrationError
+from edgepass.ops.errors import CalibrationError, InvalidArgumentError
 from edgepass.ops.threads import torch_threads
 
 # Exact divergences are taken on so many chunks.
@@ -36,7 +38,8 @@ class AnalysisRun:
     """How to analyse, and who is told.
 
     ``backends`` and ``holds``: whose candidates. ``exact``: of so many of the most sensitive sites
-    the divergence is computed, too. ``checkpoint`` is a folder for the state, None to keep none.
+    the divergence is computed, too. ``patterns``: only sites whose name one of these matches as a
+    shell matches. ``checkpoint`` is a folder for the state, None to keep none.
     ``progress`` is called with a stage, what is done and all; ``log`` with a line on what this
     process did. ``workers`` are those that torchrun started.
     """
@@ -45,6 +48,7 @@ class AnalysisRun:
     holds: Holds
     exact: int = 0
     seed: int = 0
+    patterns: tuple[str, ...] = ()
     checkpoint: Path | None = None
     progress: Callable[..., None] | None = None
     log: Callable[[str], None] | None = None
@@ -58,7 +62,8 @@ class AnalysisRun:
         An interrupted run with a checkpoint goes on where it was and ends with the same result, to
         the bit if it has as many threads; so do several processes.
 
-        Raises InvalidArgumentError for a recipe that does not fit the model, CalibrationError for
+        Raises InvalidArgumentError for a recipe that does not fit the model or a pattern that
+        matches no site, CalibrationError for
         values that are not finite, a foreign checkpoint, or fewer chunks than processes.
         """
         plan_modules(model, recipe)
@@ -68,7 +73,7 @@ class AnalysisRun:
                 "one for each and more"
             )
         model.requires_grad_(False)
-        places = find_sites(model)
+        places = _matching(find_sites(model), self.patterns)
         plan = {place: choices_of(place, recipe, self.backends, self.holds) for place in places}
         sites = prepare_sites(model, plan)
         labels = [(s.place.name, [c.label for c in s.choices]) for s in sites]
@@ -146,6 +151,24 @@ class AnalysisRun:
     def _tell(self, stage: str, done: int, of: int) -> None:
         if self.progress is not None:
             self.progress(stage, done, of)
+
+
+def _matching(places: list[SitePlace], patterns: Sequence[str]) -> list[SitePlace]:
+    """The sites whose name a pattern matches, all without patterns."""
+    for pattern in patterns:
+        if not any(fnmatchcase(place.name, pattern) for place in places):
+            raise InvalidArgumentError(
+                f"got sites={pattern!r}, which matches no site{suggest(pattern, _examples(places))}"
+            )
+    if not patterns:
+        return places
+    return [p for p in places if any(fnmatchcase(p.name, pattern) for pattern in patterns)]
+
+
+def _examples(places: Sequence[SitePlace]) -> list[str]:
+    """A name of each role."""
+    by_role = {place.role: place.name for place in reversed(places)}
+    return list(reversed(by_role.values()))
 
 
 class _Kept:

@@ -91,6 +91,10 @@ class SensitivityProbe:
         with ExitStack() as stack, torch.enable_grad():
             for site in self.sites:
                 self._watch(site, stack)
+            if not any(site.place.kind == "embedding" for site in self.sites):
+                table = self.model.get_input_embeddings()
+                start = table.register_forward_hook(lambda _, args, out: out.requires_grad_())
+                stack.callback(start.remove)
             watch_attention(stack, self.model, self.sites, self._note_parts)
             logits = self.model(chunk[None], use_cache=False).logits[0]
             _check_finite(logits, "the logits")

@@ -28,6 +28,7 @@ def analyze(
     *,
     exact: int = 0,
     seed: int = 0,
+    sites: Sequence[str] = (),
     name: str = "model",
     layers: int | None = None,
     checkpoint: Path | None = None,
@@ -39,6 +40,7 @@ def analyze(
     ``model``: a ``transformers`` causal language model. ``recipe``: what the candidates are taken
     from, and what an allocation leaves as it is. ``chunks``: token ids int64 ``[C, T]``. ``exact``:
     of so many of the most sensitive sites the divergence is computed by running the model, too.
+    ``sites``: only those whose name one of these patterns matches.
     The other arguments are those of :class:`edgepass.calibration.analyze.AnalysisRun`.
 
     Raises InvalidArgumentError for a recipe that no backend holds or that does not fit the model,
@@ -47,7 +49,9 @@ def analyze(
     chosen = find_recipe(recipe)
     if exact < 0:
         raise InvalidArgumentError(f"got exact={exact}, accepted are 0 and more")
-    run = AnalysisRun(backends_of(chosen), holds, exact, seed, checkpoint, progress, log)
+    run = AnalysisRun(
+        backends_of(chosen), holds, exact, seed, tuple(sites), checkpoint, progress, log
+    )
     return run.run(model, chosen, chunks, name=name, layers=layers)
 
 

@@ -27,6 +27,7 @@ def analyze_command(
     out: Path,
     exact: int,
     seed: int,
+    sites: list[str],
     layers: int | None,
     trust_remote_code: bool,
 ) -> Analysis | None:
@@ -55,6 +56,7 @@ def analyze_command(
             chunks,
             exact=exact,
             seed=seed,
+            sites=sites,
             name=model,
             layers=layers,
             checkpoint=state,

@@ -328,6 +328,9 @@ def analyze(
         int, typer.Option(help="Of so many of the most sensitive sites run the model, too.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Of the random signs: the same give the same.")] = 0,
+    sites: Annotated[
+        list[str] | None, typer.Option(help="Only these, as '*.down_proj'; all by default.")
+    ] = None,
     layers: Layers = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -338,7 +341,7 @@ def analyze(
     _check_writable(out)
     found = analyze_command(
         *(model, recipe, calibration, calibration_tokens, chunk_tokens, out),
-        *(exact, seed, layers, trust_remote_code),
+        *(exact, seed, sites or [], layers, trust_remote_code),
     )
     if found is not None:
         content = found.model_dump(mode="json", exclude_none=True)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from edgepass.calibration.allocated_recipe import allocated_recipe
 from edgepass.calibration.allocation import AllocationProblem
 from edgepass.calibration.analysis import Analysis, Candidate, Site
+from edgepass.calibration.recipe_modules import check_patterns
 from edgepass.calibration.recipe_sections import Weights
 from edgepass.ops.errors import AllocationError, InvalidArgumentError
 
@@ -140,6 +141,20 @@ def test_the_recipe_asks_for_what_was_chosen(seed: int) -> None:
             candidate.weights.granularity,
         )
         assert weights.group_size == candidate.weights.group_size
+
+
+def test_overrides_that_are_there_stay_unless_they_name_a_site() -> None:
+    found = analysis(6)
+    asked = [
+        {"modules": "*.o_proj", "weights": {"bits": 8, "granularity": "channel"}},
+        {"modules": found.sites[0].name, "weights": {"group_size": 128}},
+    ]
+    found = found.changed(recipe={**found.recipe, "overrides": asked})
+    chosen = AllocationProblem(found, "xnnpack").uniform("int8-channel")
+    recipe = allocated_recipe(found, chosen, "chosen")
+    assert recipe.for_module("model.layers.0.o_proj").weights.bits == 8
+    assert recipe.for_module(found.sites[0].name).weights.granularity == "channel"
+    check_patterns(recipe, {s.name: "linear" for s in found.sites} | {"x.o_proj": "linear"})
 
 
 def test_one_choice_for_all_of_a_role_is_one_pattern() -> None:

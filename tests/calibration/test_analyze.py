@@ -10,7 +10,7 @@ import torch
 
 from edgepass.calibration.analysis import format_analysis
 from edgepass.calibration.sites import find_sites
-from edgepass.ops.errors import CalibrationError
+from edgepass.ops.errors import CalibrationError, InvalidArgumentError
 from tests.calibration.analysis_worker import CHUNKS, analysed
 from tests.models.tiny_models import tiny_model
 
@@ -95,6 +95,21 @@ def test_two_processes_find_what_one_finds(found, tmp_path: Path) -> None:
         assert (tmp_path / f"{rank}.json").read_text() == format_analysis(found)
         log = (tmp_path / f"{rank}.log").read_text()
         assert log.startswith(f"rank {rank} of 2: measured {count} of {len(CHUNKS)} chunks")
+
+
+def test_only_some_sites_are_measured_as_among_all(found) -> None:
+    some = analysed(patterns=("*.1.mlp.down_proj", "*:keys"))
+    names = [site.name for site in some.sites]
+    assert names == [
+        *(f"model.layers.{layer}.self_attn:keys" for layer in (0, 1)),
+        "model.layers.1.mlp.down_proj",
+    ]
+    all_of_them = {site.name: site for site in found.sites}
+    for site in some.sites:
+        for one, other in zip(site.candidates, all_of_them[site.name].candidates, strict=True):
+            assert one.kl == pytest.approx(other.kl, rel=1e-5, abs=1e-12)
+    with pytest.raises(InvalidArgumentError, match="sites='x', which matches no site"):
+        analysed(patterns=("x",))
 
 
 def test_values_that_are_not_finite_end_it() -> None:

@@ -87,6 +87,8 @@ def test_what_is_refused(refused, folder: Path, checkpoint, text, tmp_path: Path
     analyze = ["analyze", "--model", checkpoint, "--calibration", text, "--out", tmp_path / "a"]
     assert "too short" in refused(*analyze, "--calibration-tokens", 10**6)
     assert "exact=-1" in refused(*analyze, "--calibration-tokens", 32, "--exact", -1)
+    named = [*analyze, "--calibration-tokens", 32, "--sites", "down_proj"]
+    assert "sites='down_proj', which matches no site" in refused(*named)
     assert "no backend" in refused(*analyze, "--recipe", _unheld(tmp_path))
     assert not (tmp_path / "a").exists()
 

@@ -122,13 +122,20 @@ def _activation_choices(
     return choices
 
 
+def _vulkan_group(size: int) -> int:
+    """The longest group that the runtime sums up right and that divides one of ``size``."""
+    if size % 128 == 0:
+        return 128
+    return max((each for each in range(4, 65, 4) if size % each == 0), default=size)
+
+
 def packed_bytes(backend: Backend, site: SitePlace, spec: WeightSpec) -> int:
     """What a weight ``[N, K]`` takes in a program: integers, scales, padding.
 
     XNNPACK: int4 with a bfloat16 scale a group, int8 with a float32 scale a channel; an embedding
     is read by a portable kernel, with float32 scales. Vulkan: features padded to multiples of 8 and
-    4, float32 scales, an int32 sum a group. QNN: a float32 scale a channel, and for blocks half a
-    byte each.
+    4, a float32 scale and an int32 sum a group of at most 128. QNN: a float32 scale a channel, and
+    for blocks half a byte each.
     """
     rows, columns = site.shape
     groups = 1 if spec.group_size is None else columns // spec.group_size
@@ -144,5 +151,6 @@ def packed_bytes(backend: Backend, site: SitePlace, spec: WeightSpec) -> int:
         if site.kind == "embedding" or stored == 8:
             return integers + rows * groups * 4
         wide, deep = -(-rows // 8) * 8, -(-columns // 4) * 4
-        return wide * deep // 2 + wide * groups * 8
+        # A scale and a sum of each group as the runtime sums it up: a longer one is split.
+        return wide * deep // 2 + wide * (columns // _vulkan_group(columns // groups)) * 8
     return integers + rows * 4 + (rows * -(-groups // 2) if spec.granularity == "block" else 0)

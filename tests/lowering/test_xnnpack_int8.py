@@ -4,6 +4,8 @@ import executorch.kernels.quantized  # noqa: F401
 import pytest
 import torch
 from executorch.runtime import Runtime
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+from torchao.quantization.granularity import PerAxis
 
 from edgepass.api import explain, export_quantized
 from edgepass.calibration.recipe_file import parse_recipe
@@ -50,6 +52,26 @@ def test_the_runtime_agrees_with_the_fused_graph(text: str) -> None:
         # An activation that rounds the other way, and the float16 cache, cost what is left.
         assert signal_to_noise_db(eager(ids, at), method.execute([ids, at])[0]) > 30
         position += count
+
+
+@pytest.mark.parametrize(("n", "k", "bias"), [(5, 32, False), (48, 96, True), (7, 1030, True)])
+def test_one_linear_is_exact_on_the_runtime(n: int, k: int, bias: bool) -> None:
+    torch.manual_seed(n)
+    module = torch.nn.Sequential(torch.nn.Linear(k, n, bias=bias)).eval()
+    config = Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))
+    quantize_(module, config)
+    samples = (torch.randn(6, k),)
+    with torch.no_grad():
+        program = torch.export.export(module, samples)
+    result = lower(program, backend="xnnpack")
+    assert result.report["delegates"] == {"forward": 1}
+    assert result.report["outside_delegates"] == {"forward": {}}
+    found = Runtime.get().load_program(result.buffer).load_method("forward").execute(samples)[0]
+    with torch.no_grad():
+        rows = [signal_to_noise_db(a, b) for a, b in zip(module(*samples), found, strict=True)]
+    # A row in which a value lies half-way may round it the other way.
+    assert sum(each > 100 for each in rows) >= 5, rows
+    assert min(rows) > 35
 
 
 def test_explain_names_the_kernel_of_each() -> None:

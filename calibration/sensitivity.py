@@ -68,6 +68,7 @@ def prepare_sites(model: nn.Module, sites: Mapping[SitePlace, Sequence[Choice]])
             weight: Any = model.get_submodule(place.module).weight
             key = (id(weight), choice.spec)
             if key not in known:
+                _check_finite(weight, f"the weight of {place.name}")
                 known[key] = quantize_weight(weight.detach(), choice.spec)  # type: ignore[arg-type]
             each.rounded.append(known[key])
         measured.append(each)
@@ -99,7 +100,22 @@ class SensitivityProbe:
             logits = self.model(chunk[None], use_cache=False).logits[0]
             _check_finite(logits, "the logits")
             logits.backward(self._direction(logits.detach(), number))
+        for site in self.sites:
+            if site.place.name not in self._rows:
+                raise CalibrationError(
+                    f"no data: got no value of {site.place.name} in chunk {number}, accepted are "
+                    "texts that reach every site"
+                )
         return torch.cat([self._rows[site.place.name] for site in self.sites])
+
+    def _put(self, site: Measured, found: list[Tensor]) -> None:
+        """Keep what was measured of a site, which is computed once a chunk."""
+        if site.place.name in self._rows:
+            raise CalibrationError(
+                f"computed twice: got {site.place.name} twice in one pass, accepted are models "
+                "that call each module once"
+            )
+        self._rows[site.place.name] = torch.stack(found)
 
     def _direction(self, logits: Tensor, number: int) -> Tensor:
         # torch's generator reads the low 32 bits of a seed only.
@@ -134,6 +150,7 @@ class SensitivityProbe:
 
     def _weight(self, site: Measured, x: Tensor, out: Tensor) -> None:
         weight: Any = self.model.get_submodule(site.place.module).weight
+        _check_finite(out, site.place.name)
         rows, result = x.detach().flatten(0, -2), out.detach()
 
         def note(grad: Tensor) -> None:
@@ -144,7 +161,7 @@ class SensitivityProbe:
             for rounded in site.rounded:
                 error = rows @ weight_error(rounded, weight).t()
                 found.append(_measures(_divergence(flat, error), signal, error))
-            self._rows[site.place.name] = torch.stack(found)
+            self._put(site, found)
 
         out.register_hook(note)
 
@@ -164,7 +181,7 @@ class SensitivityProbe:
                 error = _rows_of(rounded, rows).dequantize() - weight[rows]
                 error *= scale
                 found.append(_measures(_divergence(flat, error), signal, error))
-            self._rows[site.place.name] = torch.stack(found)
+            self._put(site, found)
 
         start.register_hook(note)
         return start
@@ -182,7 +199,7 @@ class SensitivityProbe:
                 other = self._capped(logits + error).log_softmax(-1)
                 divergence = (known.exp() * (known - other)).sum(-1).double().clamp(min=0)
                 found.append(_measures(divergence.mean(), signal, error))
-        self._rows[site.place.name] = torch.stack(found)
+        self._put(site, found)
 
     def _capped(self, logits: Tensor) -> Tensor:
         """What the model makes of its head's output: Gemma 2 caps it softly."""
@@ -209,7 +226,7 @@ class SensitivityProbe:
                 along = along + shares.square()
                 power = power + error.double().square().sum()
             found.append(torch.stack([0.5 * along.mean(), torch.as_tensor(signal), power]))
-        self._rows[site.place.name] = torch.stack(found)
+        self._put(site, found)
 
 
 def fisher_direction(p: Tensor, signs: Tensor) -> Tensor:

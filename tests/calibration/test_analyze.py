@@ -116,5 +116,7 @@ def test_values_that_are_not_finite_end_it() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 3] = torch.nan
-    with pytest.raises(Exception, match=r"NaN|finite"):
+    with pytest.raises(
+        CalibrationError, match=r"in the weight of model\.layers\.1\.mlp\.down_proj"
+    ):
         analysed(model=model)

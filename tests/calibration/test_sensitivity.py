@@ -119,8 +119,26 @@ def test_a_chunk_leaves_nothing_behind() -> None:
 def test_a_value_that_is_not_finite_names_its_place() -> None:
     model, sites = measured()
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.inf
-    with pytest.raises(CalibrationError, match="not finite"):
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    name = r"not finite: .* in model\.layers\.1\.mlp\.up_proj during"
+    with pytest.raises(CalibrationError, match=name):
+        SensitivityProbe(model, sites, 0).run(CHUNKS[0], 0)
+
+
+def test_a_site_that_no_token_reaches_is_named() -> None:
+    model, sites = measured()
+    layer = model.model.layers[1]
+    layer.forward = lambda hidden, *args, **kwargs: hidden
+    with pytest.raises(CalibrationError, match=r"no data: got no value of model\.layers\.1"):
+        SensitivityProbe(model, sites, 0).run(CHUNKS[0], 0)
+
+
+def test_a_module_that_is_called_twice_is_refused() -> None:
+    model, sites = measured()
+    mlp = model.model.layers[0].mlp
+    once = mlp.forward
+    mlp.forward = lambda x: once(x) + once(x)
+    with pytest.raises(CalibrationError, match=r"computed twice: got model\.layers\.0\.mlp"):
         SensitivityProbe(model, sites, 0).run(CHUNKS[0], 0)
 
 

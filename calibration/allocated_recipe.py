@@ -26,9 +26,12 @@ def allocated_recipe(analysis: Analysis, allocation: Allocation, name: str) -> R
             by_role.setdefault(site.role, []).append(site)
     # A pattern of ours might not be narrower than one that is there already: names always are.
     patterns = not any(each.weights.model_fields_set for each in base.overrides)
+    # Nor may it match what was not analysed, or is not chosen for.
+    patterns = patterns and not analysis.patterns
+    weights = [site for site in analysis.sites if site.kind in ("weight", "embedding", "head")]
     overrides: list[Override] = []
     for role, changed in by_role.items():
-        overrides += _overrides(role, changed, sites if patterns else (), wanted)
+        overrides += _overrides(role, changed, weights if patterns else (), wanted)
     return base.changed(
         name=name, backend=allocation.backend, overrides=(*base.overrides, *overrides)
     )
@@ -54,8 +57,9 @@ def _overrides(
     """Overrides for ``changed``: one pattern if it fits all of ``sites`` that it matches."""
     pattern = f"*.{role}"
     matched = [site for site in sites if fnmatchcase(site.modules[0], pattern)]
-    same = len({wanted[site.name].model_dump_json() for site in matched}) == 1
-    if same and len(matched) > 1 and len(matched) == len(changed):
+    same = len({wanted[site.name].model_dump_json() for site in changed}) == 1
+    names = {site.name for site in changed}
+    if same and len(matched) > 1 and {site.name for site in matched} == names:
         return [Override(modules=pattern, weights=wanted[changed[0].name])]
     return [Override(modules=site.modules[0], weights=wanted[site.name]) for site in changed]
 

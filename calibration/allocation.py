@@ -172,6 +172,11 @@ class AllocationProblem:
             if over <= 0:
                 break
             limit -= 2 * over  # the solver keeps limits to a tolerance only
+        else:
+            raise AllocationError(
+                f"not solved: got a choice over the limit in {_ATTEMPTS} attempts, accepted are "
+                "budgets further from the smallest"
+            )
         total = sum(map(cost, chosen))
         gap = max(0.0, (total - bound) / total) if total > 0 else 0.0
         return self.allocation(chosen, gap)

@@ -70,7 +70,8 @@ class Analysis(Section):
     """What ``edgepass analyze`` writes.
 
     ``recipe``: what was asked for, from which allocations take all that they do not choose.
-    ``identity``: digests of model, text and candidates, by name.
+    ``identity``: digests of model, text and candidates, by name. ``patterns``: what the sites were
+    chosen by, empty for all of the model's.
     """
 
     format: Literal["edgepass analysis 1"] = "edgepass analysis 1"
@@ -81,6 +82,7 @@ class Analysis(Section):
     chunks: Annotated[int, Field(ge=1)]
     chunk_tokens: Annotated[int, Field(ge=2)]
     seed: int
+    patterns: Annotated[tuple[str, ...], _LIST] = ()
     sites: Annotated[tuple[Site, ...], Field(strict=False, min_length=1)]
 
 

@@ -92,6 +92,7 @@ class AnalysisRun:
             chunks=len(chunks),
             chunk_tokens=chunks.shape[1],
             seed=self.seed,
+            patterns=self.patterns,
             sites=tuple(_results(sites, table, exact)),
         )
 

@@ -50,7 +50,7 @@ def allocate_command(
     problem = AllocationProblem(analysis, choose_backend(analysis, backend), same)
     recipe = allocated_recipe(analysis, chosen, f"{analysis.recipe['name']}-{_size(chosen)}")
     result = describe(problem, chosen, analysis)
-    files = {RECIPE: format_recipe(recipe), RESULT: json.dumps(result, indent=1) + "\n"}
+    files = {RESULT: json.dumps(result, indent=1) + "\n"}
     if chosen.backend == "qnn":
         from edgepass.lowering.qnn_recipe_source import qnn_recipe_source
 
@@ -61,8 +61,12 @@ def allocate_command(
         from edgepass.allocation_page import render_page
 
         files[PAGE] = render_page(analysis, result)
+    # The recipe goes last: it is there only if all that belongs to it is.
+    files[RECIPE] = format_recipe(recipe)
     for name, text in files.items():
         write_file(folder / name, text)
+    for name in {PAGE, QNN_RECIPE} - files.keys():
+        (folder / name).unlink(missing_ok=True)  # of an earlier allocation
     return result
 
 

@@ -157,6 +157,22 @@ def test_overrides_that_are_there_stay_unless_they_name_a_site() -> None:
     check_patterns(recipe, {s.name: "linear" for s in found.sites} | {"x.o_proj": "linear"})
 
 
+def test_what_was_not_analysed_stays_as_it_is() -> None:
+    found = analysis(7).changed(patterns=("model.layers.[01].*",))
+    chosen = AllocationProblem(found, "xnnpack").uniform("int8-channel")
+    recipe = allocated_recipe(found, chosen, "partial")
+    assert recipe.for_module("model.layers.1.q_proj").weights.bits == 8
+    assert recipe.for_module("model.layers.7.q_proj").weights.bits == 4
+    # A site of the role that another backend alone holds is not chosen for, either.
+    first, *others = analysis(7).sites
+    elsewhere = tuple(c.changed(bytes={"qnn": 1}) for c in first.candidates)
+    found = analysis(7).changed(sites=(first.changed(candidates=elsewhere), *others))
+    chosen = AllocationProblem(found, "xnnpack").uniform("int8-channel")
+    recipe = allocated_recipe(found, chosen, "held")
+    assert recipe.for_module(first.name).weights.bits == 4
+    assert recipe.for_module("model.layers.1.q_proj").weights.bits == 8
+
+
 def test_one_choice_for_all_of_a_role_is_one_pattern() -> None:
     problem = AllocationProblem(analysis(5), "xnnpack")
     uniform = problem.uniform("int8-channel")

@@ -72,6 +72,24 @@ def test_a_perplexity_is_met_at_the_smallest_size(command, folder: Path) -> None
     assert results[0]["bytes"] <= results[1]["bytes"]
 
 
+def test_files_of_an_earlier_allocation_do_not_stay(command, folder: Path) -> None:
+    options = ["allocate", folder, "--backend", "xnnpack", "--target-bpw"]
+    assert command(*options, 6, "--html")[0] == 0
+    assert (folder / "allocation.html").exists()
+    assert command(*options, 5)[0] == 0
+    assert sorted(each.name for each in folder.iterdir()) == [
+        "allocation.json",
+        "analysis.json",
+        "recipe.yaml",
+    ]
+    (folder / "allocation.json").unlink()
+    (folder / "recipe.yaml").unlink()
+    (folder / "allocation.json").mkdir()
+    code, _, err = command(*options, 5)
+    assert code == 2 and "cannot write" in err
+    assert not (folder / "recipe.yaml").exists()
+
+
 def test_what_is_refused(refused, folder: Path, checkpoint, text, tmp_path: Path) -> None:
     allocate = ["allocate", folder, "--backend", "xnnpack"]
     assert "the smallest possible for backend=xnnpack is" in refused(

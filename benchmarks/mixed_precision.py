@@ -77,7 +77,7 @@ def _option(problem: AllocationProblem, uniform: Allocation, names: tuple[str, .
     group = next(g for g in problem.groups if g.sites[0].name == names[0])
     places = tuple(s.candidates.index(c) for s, c in zip(group.sites, picked, strict=True))
     size = sum(c.bytes[problem.backend] for c in picked)
-    return Option(places, sum(c.kl for c in picked), size)
+    return Option(places, sum(c.best_kl for c in picked), size)
 
 
 def contestants(problem: AllocationProblem, bpw: float) -> Iterator[tuple[str, Allocation]]:

@@ -286,7 +286,7 @@ def _all_options(sites: Sequence[Site], backend: Backend) -> list[Option]:
         if all(label in each for each in held):
             places = tuple(each[label] for each in held)
             taken = [s.candidates[i] for s, i in zip(sites, places, strict=True)]
-            divergence = sum(c.kl if c.exact_kl is None else c.exact_kl for c in taken)
+            divergence = sum(c.best_kl for c in taken)
             options.append(Option(places, divergence, sum(c.bytes[backend] for c in taken)))
     return options
 

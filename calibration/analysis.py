@@ -46,6 +46,11 @@ class Candidate(Section):
     kl_interval: Annotated[tuple[float, float] | None, _LIST] = None
     exact_kl: Annotated[float, Field(ge=0)] | None = None
 
+    @property
+    def best_kl(self) -> float:
+        """``exact_kl`` where it was computed, else the estimate."""
+        return self.kl if self.exact_kl is None else self.exact_kl
+
 
 class Site(Section):
     """One thing that is quantized.

@@ -63,8 +63,8 @@ class AnalysisRun:
         the bit if it has as many threads; so do several processes.
 
         Raises InvalidArgumentError for a recipe that does not fit the model or a pattern that
-        matches no site, CalibrationError for
-        values that are not finite, a foreign checkpoint, or fewer chunks than processes.
+        matches no site, CalibrationError for values that are not finite, a foreign checkpoint, or
+        fewer chunks than processes.
         """
         plan_modules(model, recipe)
         if len(chunks) < self.workers.size:
@@ -98,11 +98,8 @@ class AnalysisRun:
 
     def _measure(self, probe: SensitivityProbe, chunks: Tensor, kept: _Kept) -> Tensor:
         """The measures of all candidates on all chunks, float64 ``[C, candidates, 3]``."""
-        share, started, before = (
-            self.workers.share(len(chunks)),
-            time.perf_counter(),
-            len(kept.rows),
-        )
+        share, before = self.workers.share(len(chunks)), len(kept.rows)
+        started = time.perf_counter()
         for number in share[before:]:
             self._tell("analyze", len(kept.rows), len(share))
             kept.rows.append(probe.run(chunks[number], number))

@@ -213,10 +213,7 @@ class SensitivityProbe:
         signal = sum(value.double().square().sum() for value, _ in parts)
         found = []
         for rounding in site.roundings:
-            along, power = (
-                torch.zeros((), dtype=torch.float64),
-                torch.zeros((), dtype=torch.float64),
-            )
+            along, power = torch.zeros(2, dtype=torch.float64)
             for value, grad in parts:
                 error = rounding(value) - value
                 shares = (grad * error).double().sum(-1)

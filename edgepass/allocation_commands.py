@@ -17,9 +17,8 @@ from edgepass.calibration.analysis import Analysis, read_analysis
 from edgepass.calibration.recipe_file import format_recipe
 from edgepass.ops.errors import LibraryError
 
-RECIPE, RESULT, PAGE, QNN_RECIPE = (
-    *("recipe.yaml", "allocation.json", "allocation.html", "qnn_recipe.py"),
-)
+RECIPE, RESULT = "recipe.yaml", "allocation.json"
+PAGE, QNN_RECIPE = "allocation.html", "qnn_recipe.py"
 
 
 def allocate_command(
@@ -80,7 +79,7 @@ def describe(problem: AllocationProblem, chosen: Allocation, analysis: Analysis)
         **_point(chosen),
         "smallest_bytes": problem.smallest,
         "sites": {
-            name: {"candidate": c.label, "bytes": c.bytes[chosen.backend], "kl": _kl(c)}
+            name: {"candidate": c.label, "bytes": c.bytes[chosen.backend], "kl": c.best_kl}
             for name, c in chosen.choice.items()
         },
         "front": [_point(each) for each in problem.front()],
@@ -92,10 +91,6 @@ def describe(problem: AllocationProblem, chosen: Allocation, analysis: Analysis)
 
 def _stored(analysis: Analysis, chosen: Allocation) -> list[Any]:
     return [site for site in analysis.sites if site.name in chosen.choice]
-
-
-def _kl(candidate: Any) -> float:
-    return float(candidate.kl if candidate.exact_kl is None else candidate.exact_kl)
 
 
 def _point(each: Allocation) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _row(site: Site, result: dict[str, Any]) -> dict[str, Any]:
         "bytes": None if chosen is None else chosen["bytes"],
         "candidates": {
             c.label: {
-                "kl": c.kl if c.exact_kl is None else c.exact_kl,
+                "kl": c.best_kl,
                 "interval": c.kl_interval,
                 "sqnr_db": c.sqnr_db,
             }

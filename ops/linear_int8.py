@@ -7,7 +7,7 @@ import torch
 
 from edgepass.ops.checks import FLOAT_DTYPES, check_dtype, check_shape, known_unequal, refuse
 from edgepass.ops.library import register_operator
-from edgepass.ops.quantize import quantize_per_token
+from edgepass.ops.quantize import DEFAULT_SCALE_FLOOR, quantize_per_token
 
 _NAME = "linear_qta8a_qc8w"
 # 255 * 128 * 512 is below 2**24: sums of so many products are exact in float32, in any order.
@@ -19,13 +19,15 @@ def linear_qta8a_qc8w_dynamic(
     weight: torch.Tensor,
     w_scales: torch.Tensor,
     bias: torch.Tensor | None = None,
+    scale_floor: float = DEFAULT_SCALE_FLOOR,
 ) -> torch.Tensor:
     """Linear of a float ``[..., K]``, quantized per token inside, to ``[..., N]`` of its dtype.
 
-    weight: int8 ``[N, K]``; w_scales: float ``[N]``; bias: float ``[N]``.
+    weight: int8 ``[N, K]``; w_scales: float ``[N]``; bias: float ``[N]``; scale_floor: the least
+    scale of a token.
     """
     _check(x, weight, w_scales, bias)
-    q, scale, zero = quantize_per_token(x)
+    q, scale, zero = quantize_per_token(x, scale_floor)
     rows, columns = q.float().sub_(zero.unsqueeze(-1)), weight.float()
     out = torch.zeros(*x.shape[:-1], weight.shape[0])
     for start in range(0, weight.shape[1], _EXACT_COLUMNS):
@@ -41,6 +43,7 @@ def _fake(
     weight: torch.Tensor,
     w_scales: torch.Tensor,
     bias: torch.Tensor | None = None,
+    scale_floor: float = DEFAULT_SCALE_FLOOR,
 ) -> torch.Tensor:
     _check(x, weight, w_scales, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -66,7 +69,8 @@ def _check(
 
 
 register_operator(
-    f"{_NAME}.dynamic(Tensor x, Tensor weight, Tensor w_scales, Tensor? bias=None) -> Tensor",
+    f"{_NAME}.dynamic(Tensor x, Tensor weight, Tensor w_scales, Tensor? bias=None, "
+    f"float scale_floor={DEFAULT_SCALE_FLOOR!r}) -> Tensor",
     linear_qta8a_qc8w_dynamic,
     _fake,
 )

@@ -2,23 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
 from edgepass.passes.editor import Editor
 from edgepass.passes.graph_pass import GraphPass, Order
-from edgepass.passes.linear_form import check_form, linear_form, place_result
+from edgepass.passes.linear_form import check_form, place_result
 from edgepass.passes.matching import Match
-from edgepass.passes.pattern import named
-from edgepass.passes.quantized_activation import (
-    check_activation,
-    dynamic_quantization,
-    scale_floor,
-)
+from edgepass.passes.quantized_activation import check_activation, scale_floor
+from edgepass.passes.quantized_linear_rules import DynamicallyQuantizedLinear
 from edgepass.passes.quantized_weight import (
-    DEQUANTIZE_WEIGHT,
     GroupedWeight,
     check_scales,
     read_grouped_weight,
@@ -27,14 +22,10 @@ from edgepass.passes.rule import Refusal, RewriteRule
 from edgepass.passes.shapes import fake_tensor
 
 
-class Int8Linear(RewriteRule):
+class Int8Linear(DynamicallyQuantizedLinear):
     """A linear of an activation quantized per token and an int8 weight by channel."""
 
     name = "int8-linear"
-
-    def pattern(self, x: Any, bias: Any) -> Any:
-        weight = named("dequantized_weight", DEQUANTIZE_WEIGHT(...))
-        return linear_form(dynamic_quantization(x), weight, bias, through_view=True)
 
     def check(self, match: Match) -> Refusal | None:
         return check_activation(match) or check_form(match, match.x) or _check_weight(match)
@@ -42,8 +33,9 @@ class Int8Linear(RewriteRule):
     def rewrite(self, match: Match, editor: Editor) -> Node:
         weight: GroupedWeight = match.facts["weight"]
         call = torch.ops.edgepass.linear_qta8a_qc8w.dynamic
-        bias = [] if match.bias is None else [match.bias]
-        linear = editor.call(call, match.x, weight.values, weight.channel_scales(), *bias)
+        floor = scale_floor(match.choose)
+        rest = [match.bias] if floor is None else [match.bias, floor]
+        linear = editor.call(call, match.x, weight.values, weight.channel_scales(), *rest)
         return place_result(match, editor, linear, weight.rows)
 
 
@@ -58,7 +50,7 @@ class FuseInt8Linear(GraphPass):
     After: ``linear_qta8a_qc8w.dynamic(x, w, w_scales, bias)``
 
     Refuses when: the weight has groups, zero points or values that are not int8; the activation is
-    not asymmetric int8 per token, its scales have a floor of their own, or it is not float32.
+    not asymmetric int8 per token, or it is not float32.
 
     Numerics: exact integer sums, scaled in float32: 100 dB or better. The decomposed dialect adds
     the zero point before it rounds, edgepass after: a value half-way may round the other way.
@@ -95,7 +87,4 @@ def _check_weight(match: Match) -> Refusal | None:
     x, result = fake_tensor(match.x), fake_tensor(match.anchor)
     if x is None or result is None or {x.dtype, result.dtype} != {torch.float32}:
         return Refusal(f"{match.x.name} is not float32", match.x)
-    floor = scale_floor(match.choose)
-    if floor is not None and floor > torch.finfo(torch.float32).eps:
-        return Refusal(f"the activation's scales are at least {floor}", match.choose)
     return check_scales(weight, result.dtype)

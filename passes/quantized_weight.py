@@ -76,7 +76,7 @@ class GroupedWeight:
             return self.scales
 
         def flatten() -> torch.Tensor:
-            return tensor.float().expand(self.rows, 1).flatten().contiguous()
+            return tensor.float().flatten().expand(self.rows).contiguous()
 
         return self._derived(("channels", self.rows), self.scales, flatten)
 

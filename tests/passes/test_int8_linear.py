@@ -45,6 +45,22 @@ def test_every_form_becomes_one_operator(dialect, spelling, columns, bias, token
     assert again.counts["int8-linear"].applied == 0
 
 
+@pytest.mark.parametrize("dialect", ["torchao", "decomposed"])
+def test_tiny_rows_keep_the_least_scale_of_their_dialect(dialect) -> None:
+    module, x = QuantizedLinear(wide(dialect=dialect, group=32)), torch.randn(3, 32) * 1e-7
+    program, _ = fuse(module, x)
+    assert count(program, INT8) == 1
+    assert sqnr_db(module(x), program.to_exported().module()(x)) >= 100.0
+
+
+def test_scales_of_float64_by_channel_are_taken() -> None:
+    module, x = QuantizedLinear(wide(dialect="decomposed", group=32)), torch.randn(3, 32)
+    module.channel_scales = module.channel_scales.double()
+    program, _ = fuse(module, x)
+    assert count(program, INT8) == 1
+    assert sqnr_db(reference(module, x), program.to_exported().module()(x)) >= 110.0
+
+
 @pytest.mark.parametrize(
     ("form", "why"),
     [

@@ -92,8 +92,10 @@ class Encoding:
 
     def real_range(self) -> tuple[Tensor, Tensor]:
         """The least and the largest value that is represented, float32 in the scale's shape."""
-        low, high = (edge - self.zero_point for edge in (self.quant_min, self.quant_max))
-        return self.scale * low, self.scale * high
+        # In float64, so that the ends are rounded once: steps of 32 bits are no float32 numbers.
+        scale, zero = self.scale.double(), self.zero_point.double()
+        low, high = (scale * (edge - zero) for edge in (self.quant_min, self.quant_max))
+        return low.float(), high.float()
 
     def same_kind(self, other: Encoding) -> bool:
         """Whether both have the same range, axis, block and shape, whatever their numbers."""

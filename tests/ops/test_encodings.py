@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgepass.ops.encodings import Encoding, EncodingTable, describe
@@ -11,6 +11,7 @@ from tests.ops.encoding_cases import RANGES, encodings, tensor_encoding
 
 
 @given(encodings())
+@example(Encoding(torch.tensor(39.0), torch.tensor(635), -(2**31), 2**31 - 1))
 def test_the_ends_of_the_range_are_what_the_formula_says(encoding: Encoding) -> None:
     low, high = encoding.real_range()
     scale, zero = encoding.scale.double(), encoding.zero_point.double()

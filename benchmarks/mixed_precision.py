@@ -27,6 +27,7 @@ from computed import compute_in_float
 from edgepass.calibration.allocated_recipe import allocated_recipe
 from edgepass.calibration.allocation import Allocation, AllocationProblem, Option
 from edgepass.calibration.analysis import Analysis, read_analysis
+from edgepass.calibration.recipe_sections import Backend
 from edgepass.calibration.recipes import quantize_model
 from edgepass.calibration.weight_rounding import NEED_STATISTICS
 from edgepass.models.load import load_model
@@ -43,10 +44,10 @@ def greedy(problem: AllocationProblem, budget: int) -> Allocation:
     left = budget - sum(option.bytes for option in chosen)
     while True:
         steps = [
-            ((now.kl - other.kl) / (other.bytes - now.bytes), index, other)
+            ((now.cost - other.cost) / (other.bytes - now.bytes), index, other)
             for index, (now, group) in enumerate(zip(chosen, problem.groups, strict=True))
             for other in group.options
-            if 0 < other.bytes - now.bytes <= left and other.kl < now.kl
+            if 0 < other.bytes - now.bytes <= left and other.cost < now.cost
         ]
         if not steps:
             return problem.allocation(chosen, math.nan)
@@ -77,10 +78,13 @@ def _option(problem: AllocationProblem, uniform: Allocation, names: tuple[str, .
     group = next(g for g in problem.groups if g.sites[0].name == names[0])
     places = tuple(s.candidates.index(c) for s, c in zip(group.sites, picked, strict=True))
     size = sum(c.bytes[problem.backend] for c in picked)
-    return Option(places, sum(c.best_kl for c in picked), size)
+    return Option(places, math.nan, size)
 
 
-def contestants(problem: AllocationProblem, bpw: float) -> Iterator[tuple[str, Allocation]]:
+def contestants(
+    analysis: Analysis, backend: Backend, bpw: float
+) -> Iterator[tuple[str, Allocation]]:
+    problem = AllocationProblem(analysis, backend)
     budget = int(bpw * problem.values / 8)
     labels = {c.label for group in problem.groups for s in group.sites for c in s.candidates}
     uniform = [u for label in labels if (u := problem.uniform(label)) is not None]
@@ -94,6 +98,8 @@ def contestants(problem: AllocationProblem, bpw: float) -> Iterator[tuple[str, A
     yield "greedy, same scores", greedy(problem, budget)
     yield "edgepass", problem.within_bytes(budget)
     yield "edgepass, bytes of uniform", problem.within_bytes(base.bytes)
+    by_kl = AllocationProblem(analysis, backend, by="kl")
+    yield "edgepass, by divergence", by_kl.within_bytes(budget)
 
 
 def measure(
@@ -132,11 +138,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of contestants")
     options = parser.parse_args()
     analysis = read_analysis(options.analysis)
-    problem = AllocationProblem(analysis, options.backend)
     known, _ = measure(analysis, None, options)
-    rows: list[list[object]] = [["float32", 32.0, "", "", f"{known:.2f}", "", ""]]
+    rows: list[list[object]] = [["float32", 32.0, "", "", "", f"{known:.2f}", "", ""]]
     base = math.nan
-    for name, chosen in contestants(problem, options.bpw):
+    for name, chosen in contestants(analysis, options.backend, options.bpw):
         if options.only and name not in options.only:
             continue
         value, seconds = measure(analysis, chosen, options)
@@ -148,6 +153,7 @@ def main() -> None:
                 f"{chosen.bits_per_weight:.3f}",
                 f"{chosen.bytes / 1e6:.2f}",
                 f"{chosen.kl:.4f}",
+                "" if chosen.loss is None else f"{chosen.loss:.4f}",
                 f"{value:.2f}",
                 f"{loss / base:.0%}",
                 f"{seconds:.0f}",
@@ -155,7 +161,16 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     print(f"\n{machine()}; {options.algorithm}, {options.backend}\n")
-    header = ["", "bits a weight", "MB", "summed KL", "perplexity", "loss", "rounding s"]
+    header = [
+        "",
+        "bits a weight",
+        "MB",
+        "summed KL",
+        "summed loss",
+        "perplexity",
+        "loss",
+        "rounding s",
+    ]
     print(table(header, rows))
 
 

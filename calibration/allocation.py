@@ -1,8 +1,9 @@
 """The best choice of a candidate for every site within a budget, with a proof of how near it is.
 
 A mixed-integer program (scipy's HiGHS): one candidate a site, sites that must agree together, the
-sum of the divergences least within so many bytes, or the bytes least within so much divergence.
-Divergences of single sites add up to second order, as long as their errors are uncorrelated.
+sum of what they cost least within so many bytes, or the bytes least within so much cost. A site
+costs the growth of the text's loss, or the divergence from the float model, as one likes. Both add
+up over sites to second order, as long as their errors are uncorrelated.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -20,6 +22,12 @@ from edgepass.calibration.recipe_sections import Backend
 from edgepass.ops.errors import AllocationError, InvalidArgumentError
 from edgepass.ops.native_output import native_output_captured
 
+# What an allocation makes least: the growth of the loss of texts like the analysed one, or the
+# divergence of the distributions from the float model's.
+Cost = Literal["loss", "kl"]
+COSTS: tuple[Cost, ...] = ("loss", "kl")
+# Backends that store the table of a tied embedding and head once, so that both must agree.
+_ONE_TABLE: tuple[Backend, ...] = ("vulkan", "qnn")
 # Modules whose weights a runtime may compute as one: they can be made to agree.
 MERGED = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -35,10 +43,10 @@ _LIMIT = 1e3
 
 @dataclass(frozen=True)
 class Option:
-    """One choice for the sites of a group: the candidate of each, their divergence and bytes."""
+    """One choice for the sites of a group: the candidate of each, what they cost, and bytes."""
 
     candidates: tuple[int, ...]
-    kl: float
+    cost: float
     bytes: int
 
 
@@ -54,13 +62,17 @@ class Group:
 class Allocation:
     """A candidate for each site that stores weights, by its name.
 
-    ``kl``: the summed divergence, nats a token. ``bytes``: of the packed weights. ``values``: how
-    many numbers they hold. ``gap``: by how much, as a part of it, the optimum may be better.
+    ``cost``: what was made least. ``kl``: the summed divergence, nats a token, and ``loss`` the
+    summed growth of the text's loss, None if the analysis has no slopes. ``bytes``: of the packed
+    weights. ``values``: how many numbers they hold. ``gap``: by how much, as a part of it, the
+    optimum may be better.
     """
 
     backend: Backend
     choice: dict[str, Candidate]
+    cost: Cost
     kl: float
+    loss: float | None
     bytes: int
     values: int
     gap: float
@@ -71,18 +83,25 @@ class Allocation:
 
     @property
     def perplexity_increase(self) -> float:
-        """The part by which the perplexity grows, if it grows by the divergence."""
-        return math.expm1(self.kl)
+        """The part by which the perplexity grows: by the loss, else as if by the divergence."""
+        return math.expm1(self.kl if self.loss is None else self.loss)
 
 
 class AllocationProblem:
     """The sites of an analysis that store weights on a backend, ready to be allocated."""
 
-    def __init__(self, analysis: Analysis, backend: Backend, same: Iterable[str] = ()) -> None:
-        """``same`` names families of MERGED modules of one layer that must agree, too.
+    def __init__(
+        self,
+        analysis: Analysis,
+        backend: Backend,
+        same: Iterable[str] = (),
+        by: Cost | None = None,
+    ) -> None:
+        """``same`` names families of MERGED modules of one layer that must agree, too. ``by`` is
+        what allocations make least: by default the loss, or the divergence without slopes.
 
-        Raises InvalidArgumentError for an unknown family, AllocationError if no site has a
-        candidate that the backend holds.
+        Raises InvalidArgumentError for an unknown family or for ``loss`` without slopes,
+        AllocationError if no site has a candidate that the backend holds.
         """
         self.backend = backend
         families = _families(same)
@@ -92,7 +111,10 @@ class AllocationProblem:
                 f"nothing to allocate: got an analysis without candidates for backend={backend}, "
                 "accepted are analyses of a recipe that the backend holds"
             )
-        self.groups = [_group(each, backend) for each in _agreeing(sites, families)]
+        self.sloped = all(c.slope is not None for site in sites for c in site.candidates)
+        self.cost = _chosen_cost(by, self.sloped)
+        groups = _agreeing(sites, families, backend in _ONE_TABLE)
+        self.groups = [_group(each, backend, self.cost) for each in groups]
         self.values = sum(site.values for site in sites)
 
     @property
@@ -102,16 +124,16 @@ class AllocationProblem:
 
     @property
     def largest(self) -> int:
-        """The bytes of the choice of least divergence."""
-        return sum(min(g.options, key=lambda o: (o.kl, o.bytes)).bytes for g in self.groups)
+        """The bytes of the choice of least cost."""
+        return sum(min(g.options, key=lambda o: (o.cost, o.bytes)).bytes for g in self.groups)
 
     @property
-    def least_kl(self) -> float:
-        """The least divergence that any choice has."""
-        return sum(min(o.kl for o in g.options) for g in self.groups)
+    def least_cost(self) -> float:
+        """The least cost that any choice has."""
+        return sum(min(o.cost for o in g.options) for g in self.groups)
 
     def within_bytes(self, budget: int) -> Allocation:
-        """The choice of least divergence in ``budget`` bytes.
+        """The choice of least cost in ``budget`` bytes.
 
         Raises AllocationError, with the smallest possible budget, if there is none.
         """
@@ -121,19 +143,19 @@ class AllocationProblem:
                 f"smallest possible for backend={self.backend} is {self.smallest} bytes "
                 f"({_said(self.smallest, self.values)})"
             )
-        return self._solve(lambda o: o.kl, lambda o: o.bytes, budget)
+        return self._solve(lambda o: o.cost, lambda o: o.bytes, budget)
 
-    def within_kl(self, most: float) -> Allocation:
-        """The choice of least bytes whose divergence is at most ``most``.
+    def within_cost(self, most: float) -> Allocation:
+        """The choice of least bytes whose cost is at most ``most``.
 
-        Raises AllocationError, with the least possible divergence, if there is none.
+        Raises AllocationError, with the least possible cost as a perplexity, if there is none.
         """
-        if most < self.least_kl:
+        if most < self.least_cost:
             raise AllocationError(
                 f"budget too small: got a perplexity increase of {math.expm1(most):.4g}, the "
-                f"smallest possible for backend={self.backend} is {math.expm1(self.least_kl):.4g}"
+                f"smallest possible for backend={self.backend} is {math.expm1(self.least_cost):.4g}"
             )
-        return self._solve(lambda o: o.bytes, lambda o: o.kl, most)
+        return self._solve(lambda o: o.bytes, lambda o: o.cost, most)
 
     def uniform(self, label: str) -> Allocation | None:
         """Every site by the candidate of that label, None if one has no such candidate."""
@@ -142,7 +164,7 @@ class AllocationProblem:
             first = group.sites[0]
             found = [
                 o
-                for o in _all_options(group.sites, self.backend)
+                for o in _all_options(group.sites, self.backend, self.cost)
                 if first.candidates[o.candidates[0]].label == label
             ]
             if not found:
@@ -226,11 +248,24 @@ class AllocationProblem:
         return Allocation(
             self.backend,
             choice,
-            sum(o.kl for o in chosen),
+            self.cost,
+            sum(c.best_kl for c in choice.values()),
+            sum(c.text_loss for c in choice.values()) if self.sloped else None,
             sum(o.bytes for o in chosen),
             self.values,
             gap,
         )
+
+
+def _chosen_cost(cost: Cost | None, sloped: bool) -> Cost:
+    if cost not in (None, *COSTS):
+        raise InvalidArgumentError(f"got by={cost!r}, accepted are {', '.join(COSTS)}")
+    if cost == "loss" and not sloped:
+        raise InvalidArgumentError(
+            "got by='loss', an analysis without the loss's slopes; accepted are by='kl' and "
+            "a new edgepass analyze"
+        )
+    return cost or ("loss" if sloped else "kl")
 
 
 def _said(size: int, values: int) -> str:
@@ -256,18 +291,18 @@ def _families(same: Iterable[str]) -> dict[str, str]:
     return roles
 
 
-def _agreeing(sites: Sequence[Site], families: dict[str, str]) -> list[list[Site]]:
+def _agreeing(sites: Sequence[Site], families: dict[str, str], one_table: bool) -> list[list[Site]]:
     groups: dict[object, list[Site]] = {}
     for site in sites:
-        key: object = site.agrees or site.name
+        key: object = (site.agrees if one_table else None) or site.name
         if site.role in families:
             key = (site.layer, families[site.role])
         groups.setdefault(key, []).append(site)
     return list(groups.values())
 
 
-def _group(sites: Sequence[Site], backend: Backend) -> Group:
-    options = _all_options(sites, backend)
+def _group(sites: Sequence[Site], backend: Backend, cost: Cost) -> Group:
+    options = _all_options(sites, backend, cost)
     if not options:
         raise AllocationError(
             f"{', '.join(s.name for s in sites)} must agree, but got no candidate that all have on "
@@ -276,7 +311,7 @@ def _group(sites: Sequence[Site], backend: Backend) -> Group:
     return Group(tuple(sites), tuple(_worthwhile(options)))
 
 
-def _all_options(sites: Sequence[Site], backend: Backend) -> list[Option]:
+def _all_options(sites: Sequence[Site], backend: Backend, cost: Cost) -> list[Option]:
     """The candidates that every one of ``sites`` has on the backend, by their labels."""
     held = [
         {c.label: i for i, c in enumerate(site.candidates) if backend in c.bytes} for site in sites
@@ -286,15 +321,15 @@ def _all_options(sites: Sequence[Site], backend: Backend) -> list[Option]:
         if all(label in each for each in held):
             places = tuple(each[label] for each in held)
             taken = [s.candidates[i] for s, i in zip(sites, places, strict=True)]
-            divergence = sum(c.best_kl for c in taken)
-            options.append(Option(places, divergence, sum(c.bytes[backend] for c in taken)))
+            each = sum(c.best_kl if cost == "kl" else c.text_loss for c in taken)
+            options.append(Option(places, each, sum(c.bytes[backend] for c in taken)))
     return options
 
 
 def _worthwhile(options: Sequence[Option]) -> list[Option]:
-    """Those that no other beats in both divergence and bytes, the smallest first."""
+    """Those that no other beats in both cost and bytes, the smallest first."""
     kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.bytes, o.kl)):
-        if not kept or option.kl < kept[-1].kl:
+    for option in sorted(options, key=lambda o: (o.bytes, o.cost)):
+        if not kept or option.cost < kept[-1].cost:
             kept.append(option)
     return kept

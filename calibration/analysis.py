@@ -19,6 +19,9 @@ from edgepass.calibration.recipe_sections import Activations, Backend, KvCache, 
 from edgepass.ops.errors import InvalidArgumentError
 
 ANALYSIS = "analysis.json"
+# On SmolLM2-135M at 4.75 bits a weight a half leaves 66 % of the uniform recipe's divergence and
+# 55 % of its loss on other text; the divergence alone 60 % and 71 %; no limit 101 % and 49 %.
+_LEAST_PART = 0.5
 SiteKind = Literal["weight", "embedding", "head", "activation", "attention", "kv_cache"]
 # JSON knows lists only, which strict mode alone would refuse for tuples.
 _LIST = Field(strict=False)
@@ -33,7 +36,8 @@ class Candidate(Section):
     ``sqnr_db``: signal to noise at the site itself, averaged in power. ``kl``: the estimated
     divergence of the logits' distribution from the float model's, nats a token; ``kl_interval``:
     its 95 % confidence interval over the chunks, if there are several. ``exact_kl``: the same by
-    running the model.
+    running the model. ``slope``: by how much the loss of the analysed text changes to first order,
+    nats a predicted token, less than 0 where it falls; ``slope_interval`` as for ``kl``.
     """
 
     label: str
@@ -45,11 +49,30 @@ class Candidate(Section):
     kl: Annotated[float, Field(ge=0)]
     kl_interval: Annotated[tuple[float, float] | None, _LIST] = None
     exact_kl: Annotated[float, Field(ge=0)] | None = None
+    slope: float | None = None
+    slope_interval: Annotated[tuple[float, float] | None, _LIST] = None
 
     @property
     def best_kl(self) -> float:
         """``exact_kl`` where it was computed, else the estimate."""
         return self.kl if self.exact_kl is None else self.exact_kl
+
+    @property
+    def text_loss(self) -> float:
+        """By how much the loss of texts like the analysed one grows, nats a token.
+
+        To second order, the slope and the divergence. Of a slope only what its interval vouches for
+        counts (the positive part of James and Stein's estimate), since a choice among many
+        candidates would else be one of the luckiest, and a falling loss takes away half of the
+        divergence at most: errors are not sought for the sake of one text.
+        """
+        if not self.slope:
+            return self.best_kl
+        sure = self.slope
+        if self.slope_interval is not None:
+            error = (self.slope_interval[1] - self.slope) / 1.96
+            sure *= max(0.0, 1 - (error / self.slope) ** 2)
+        return max(_LEAST_PART * self.best_kl, self.best_kl + sure)
 
 
 class Site(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgepass.calibration.analysis import Analysis, Candidate, Site
-from edgepass.calibration.candidates import Choice, Holds, choices_of, role_of_kind
+from edgepass.calibration.candidates import Holds, choices_of, role_of_kind
 from edgepass.calibration.checkpoint import Checkpoint
 from edgepass.calibration.exact_divergence import ExactDivergence
 from edgepass.calibration.identity import model_identity
@@ -97,7 +98,7 @@ class AnalysisRun:
         )
 
     def _measure(self, probe: SensitivityProbe, chunks: Tensor, kept: _Kept) -> Tensor:
-        """The measures of all candidates on all chunks, float64 ``[C, candidates, 3]``."""
+        """The measures of all candidates on all chunks, float64 ``[C, candidates, 4]``."""
         share, before = self.workers.share(len(chunks)), len(kept.rows)
         started = time.perf_counter()
         for number in share[before:]:
@@ -221,20 +222,29 @@ def _results(
     sites: Sequence[Measured], table: Tensor, exact: dict[tuple[str, int], float]
 ) -> list[Site]:
     """The sites with what was measured, averaged over the chunks: powers, not decibels."""
-    divergences, powers = table[..., 0], table[..., 1:].sum(0)
-    means = divergences.mean(0)
-    # 1.96 standard errors of the mean to either side.
-    spread = divergences.std(0) * (1.96 / len(table) ** 0.5) if len(table) > 1 else None
+    powers = table[..., 1:3].sum(0)
     found, at = [], 0
     for site in sites:
         candidates = []
         for index, choice in enumerate(site.choices):
-            mean = float(means[at])
-            interval = None
-            if spread is not None:
-                interval = (max(0.0, mean - float(spread[at])), mean + float(spread[at]))
+            kl, interval = _mean(table[:, at, 0])
+            if interval is not None:
+                interval = max(0.0, interval[0]), interval[1]
+            slope, slopes = _mean(table[:, at, 3])
             candidates.append(
-                _candidate(choice, mean, interval, powers[at], exact.get((site.place.name, index)))
+                Candidate(
+                    label=choice.label,
+                    weights=choice.weights,
+                    activations=choice.activations,
+                    kv_cache=choice.kv_cache,
+                    bytes=dict(choice.bytes),
+                    sqnr_db=_decibels(powers[at]),
+                    kl=kl,
+                    kl_interval=interval,
+                    exact_kl=exact.get((site.place.name, index)),
+                    slope=slope,
+                    slope_interval=slopes,
+                )
             )
             at += 1
         place = site.place
@@ -254,24 +264,16 @@ def _results(
     return found
 
 
-def _candidate(
-    choice: Choice,
-    kl: float,
-    interval: tuple[float, float] | None,
-    powers: Tensor,
-    exact: float | None,
-) -> Candidate:
+def _mean(values: Tensor) -> tuple[float, tuple[float, float] | None]:
+    """The mean over chunks, and 1.96 of its standard errors to either side if there are several."""
+    mean = float(values.mean())
+    if len(values) == 1:
+        return mean, None
+    spread = float(values.std()) * 1.96 / len(values) ** 0.5
+    return mean, (mean - spread, mean + spread)
+
+
+def _decibels(powers: Tensor) -> float:
     signal, error = powers.tolist()
     ratio = signal / error if error > 0 else 10 ** (_MOST_DB / 10)
-    decibels = float(10 * torch.tensor(max(ratio, 1e-30), dtype=torch.float64).log10())
-    return Candidate(
-        label=choice.label,
-        weights=choice.weights,
-        activations=choice.activations,
-        kv_cache=choice.kv_cache,
-        bytes=dict(choice.bytes),
-        sqnr_db=min(decibels, _MOST_DB),
-        kl=kl,
-        kl_interval=interval,
-        exact_kl=exact,
-    )
+    return min(10 * math.log10(max(ratio, 1e-30)), _MOST_DB)

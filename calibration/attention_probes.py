@@ -95,6 +95,8 @@ class _Probe:
         return value
 
     def _keep(self, name: str, value: Tensor, grad: Tensor) -> None:
+        if name in self.found:
+            self.found.clear()  # of the backward pass before
         self.found[name] = (value, grad)
         for site in self.sites:
             names = _OPERANDS[str(site.place.part)]

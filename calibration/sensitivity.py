@@ -9,6 +9,10 @@ blocks of tokens before they are squared: longer blocks miss less, but of one ch
 of them. The rounding of values is taken as uncorrelated: a token's share is (g_t . e_t)^2. The
 head's own candidates are not estimated: their divergence is computed.
 
+The loss of a text grows by something else than the divergence wherever the model is not at its
+minimum on that text: an error along the gradient of the loss changes it to first order. A second
+backward pass, of the loss itself, gives that slope: g . e, summed over tokens.
+
 v = sqrt(p) r - p (sqrt(p) . r) with random signs r has that covariance, exactly.
 """
 
@@ -36,9 +40,9 @@ _HEAD_STRIDE = 4
 # Tokens whose errors are summed. On SmolLM2-135M 64 come nearest to the exact divergences, nearer
 # than single tokens, whole chunks, or the mean error apart from the rest.
 _BLOCK = 64
-# Of each candidate on one chunk: the divergence a token, the power of the site's values, and that
-# of their error.
-MEASURES = ("kl", "signal", "error")
+# Of each candidate on one chunk: the divergence a token, the power of the site's values, that of
+# their error, and by how much the text's loss changes to first order, a predicted token.
+MEASURES = ("kl", "signal", "error", "slope")
 
 
 @dataclass
@@ -76,19 +80,21 @@ def prepare_sites(model: nn.Module, sites: Mapping[SitePlace, Sequence[Choice]])
 
 
 class SensitivityProbe:
-    """Measures all candidates of all sites on one chunk: a forward pass and a backward pass."""
+    """Measures all candidates of all sites on one chunk: a forward and two backward passes."""
 
     def __init__(self, model: Any, sites: Sequence[Measured], seed: int) -> None:
         self.model, self.sites, self.seed = model, sites, seed
         self._rows: dict[str, Tensor] = {}
+        self._slopes: dict[str, Tensor] = {}
+        self._of_loss = False  # whose gradients the hooks are given: the loss's, or v's
 
     def run(self, chunk: Tensor, number: int) -> Tensor:
         """The MEASURES of each candidate, site by site, on token ids ``chunk`` ``[T]``.
 
-        Float64 ``[candidates, 3]``. ``number`` is the chunk's in the text: with the seed it decides
+        Float64 ``[candidates, 4]``. ``number`` is the chunk's in the text: with the seed it decides
         the random signs. Raises CalibrationError for values or gradients that are not finite.
         """
-        self._rows = {}
+        self._rows, self._slopes, self._of_loss = {}, {}, False
         with ExitStack() as stack, torch.enable_grad():
             for site in self.sites:
                 self._watch(site, stack)
@@ -99,23 +105,29 @@ class SensitivityProbe:
             watch_attention(stack, self.model, self.sites, self._note_parts)
             logits = self.model(chunk[None], use_cache=False).logits[0]
             _check_finite(logits, "the logits")
-            logits.backward(self._direction(logits.detach(), number))
+            logits.backward(self._direction(logits.detach(), number), retain_graph=True)
+            self._of_loss = True
+            loss = nn.functional.cross_entropy(logits[:-1].float(), chunk[1:])
+            loss.backward()
         for site in self.sites:
             if site.place.name not in self._rows:
                 raise CalibrationError(
                     f"no data: got no value of {site.place.name} in chunk {number}, accepted are "
                     "texts that reach every site"
                 )
-        return torch.cat([self._rows[site.place.name] for site in self.sites])
+        names = [site.place.name for site in self.sites]
+        rows = torch.cat([self._rows[name] for name in names])
+        return torch.cat([rows, torch.cat([self._slopes[name] for name in names])[:, None]], dim=1)
 
     def _put(self, site: Measured, found: list[Tensor]) -> None:
-        """Keep what was measured of a site, which is computed once a chunk."""
-        if site.place.name in self._rows:
+        """Keep what was measured of a site in this pass: it is computed once a chunk."""
+        kept = self._slopes if self._of_loss else self._rows
+        if site.place.name in kept:
             raise CalibrationError(
                 f"computed twice: got {site.place.name} twice in one pass, accepted are models "
                 "that call each module once"
             )
-        self._rows[site.place.name] = torch.stack(found)
+        kept[site.place.name] = torch.stack(found)
 
     def _direction(self, logits: Tensor, number: int) -> Tensor:
         # torch's generator reads the low 32 bits of a seed only.
@@ -156,6 +168,9 @@ class SensitivityProbe:
         def note(grad: Tensor) -> None:
             _check_finite(grad, site.place.name)
             flat = grad.flatten(0, -2)
+            if self._of_loss:
+                self._put(site, _slopes(site, weight, flat, rows))
+                return
             signal = result.double().square().sum()
             found = []
             for rounded in site.rounded:
@@ -180,7 +195,10 @@ class SensitivityProbe:
             for rounded in site.rounded:
                 error = _rows_of(rounded, rows).dequantize() - weight[rows]
                 error *= scale
-                found.append(_measures(_divergence(flat, error), signal, error))
+                if self._of_loss:
+                    found.append((flat * error).double().sum())
+                else:
+                    found.append(_measures(_divergence(flat, error), signal, error))
             self._put(site, found)
 
         start.register_hook(note)
@@ -188,8 +206,14 @@ class SensitivityProbe:
 
     def _head(self, site: Measured, x: Tensor, out: Tensor) -> None:
         weight: Any = self.model.get_submodule(site.place.module).weight
-        rows = x.detach().flatten(0, -2)[::_HEAD_STRIDE]
-        logits = out.detach().flatten(0, -2)[::_HEAD_STRIDE]
+        every = x.detach().flatten(0, -2)
+
+        def note(grad: Tensor) -> None:
+            if self._of_loss:
+                self._put(site, _slopes(site, weight, grad.flatten(0, -2), every))
+
+        out.register_hook(note)
+        rows, logits = every[::_HEAD_STRIDE], out.detach().flatten(0, -2)[::_HEAD_STRIDE]
         known = self._capped(logits).log_softmax(-1)
         signal = logits.double().square().sum()
         found = []
@@ -210,6 +234,9 @@ class SensitivityProbe:
         """Values that are rounded themselves, each with its gradient, tokens in dimension -2."""
         for _, grad in parts:
             _check_finite(grad, site.place.name)
+        if self._of_loss:
+            self._put(site, [_slope_of_parts(parts, each) for each in site.roundings])
+            return
         signal = sum(value.double().square().sum() for value, _ in parts)
         found = []
         for rounding in site.roundings:
@@ -237,6 +264,21 @@ def _divergence(grad: Tensor, error: Tensor) -> Tensor:
     shares = (grad * error).sum(-1).double()
     blocks = torch.nn.functional.pad(shares, (0, -len(shares) % _BLOCK)).view(-1, _BLOCK)
     return 0.5 * blocks.sum(1).square().sum() / len(shares)
+
+
+def _slope_of_parts(parts: Sequence[tuple[Tensor, Tensor]], rounding: Rounding) -> Tensor:
+    changes = [((rounding(value) - value) * grad).double().sum() for value, grad in parts]
+    return torch.stack(changes).sum()
+
+
+def _slopes(site: Measured, weight: Tensor, grad: Tensor, rows: Tensor) -> list[Tensor]:
+    """The loss's first-order change by each candidate of a weight, from the gradient ``[T, N]`` of
+    its linear's output and the linear's input ``[T, K]``."""
+    gradient = grad.t() @ rows
+    return [
+        (gradient * weight_error(rounded, weight)).sum(dtype=torch.float64)
+        for rounded in site.rounded
+    ]
 
 
 def _measures(divergence: Tensor, signal: Tensor, error: Tensor) -> Tensor:

@@ -9,15 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from edgepass.analysis import allocate, choose_backend
+from edgepass.analysis import allocate_within, choose_backend
 from edgepass.analysis_commands import write_file
 from edgepass.calibration.allocated_recipe import allocated_recipe
-from edgepass.calibration.allocation import Allocation, AllocationProblem
+from edgepass.calibration.allocation import Allocation, AllocationProblem, Cost
 from edgepass.calibration.analysis import Analysis, read_analysis
 from edgepass.calibration.recipe_file import format_recipe
 from edgepass.ops.errors import LibraryError
 
 RECIPE, RESULT = "recipe.yaml", "allocation.json"
+_NAMES = {"loss": "loss", "kl": "KL"}
 PAGE, QNN_RECIPE = "allocation.html", "qnn_recipe.py"
 
 
@@ -28,6 +29,7 @@ def allocate_command(
     target_bpw: float | None,
     max_perplexity_increase: float | None,
     same: list[str],
+    by: Cost | None,
     html: bool,
 ) -> dict[str, Any]:
     """Allocate, write what was chosen into ``folder``, and return it as ``allocation.json`` has it.
@@ -38,15 +40,13 @@ def allocate_command(
     if html:
         _need_jinja()
     analysis = read_analysis(folder)
-    chosen = allocate(
-        analysis,
-        backend=backend,
+    problem = AllocationProblem(analysis, choose_backend(analysis, backend), same, by)
+    chosen = allocate_within(
+        problem,
         target_mb=target_mb,
         target_bpw=target_bpw,
         max_perplexity_increase=max_perplexity_increase,
-        same=same,
     )
-    problem = AllocationProblem(analysis, choose_backend(analysis, backend), same)
     recipe = allocated_recipe(analysis, chosen, f"{analysis.recipe['name']}-{_size(chosen)}")
     result = describe(problem, chosen, analysis)
     files = {RESULT: json.dumps(result, indent=1) + "\n"}
@@ -76,10 +76,16 @@ def describe(problem: AllocationProblem, chosen: Allocation, analysis: Analysis)
     return {
         "model": analysis.model,
         "backend": chosen.backend,
+        "by": chosen.cost,
         **_point(chosen),
         "smallest_bytes": problem.smallest,
         "sites": {
-            name: {"candidate": c.label, "bytes": c.bytes[chosen.backend], "kl": c.best_kl}
+            name: {
+                "candidate": c.label,
+                "bytes": c.bytes[chosen.backend],
+                "kl": c.best_kl,
+                "loss": None if c.slope is None else c.text_loss,
+            }
             for name, c in chosen.choice.items()
         },
         "front": [_point(each) for each in problem.front()],
@@ -98,6 +104,7 @@ def _point(each: Allocation) -> dict[str, Any]:
         "bytes": each.bytes,
         "bits_per_weight": each.bits_per_weight,
         "kl": each.kl,
+        "loss": each.loss,
         "perplexity_increase": each.perplexity_increase,
         "gap": each.gap,
     }
@@ -127,7 +134,7 @@ def print_allocation(result: dict[str, Any], folder: Path) -> None:
     Console().print(table)
     print(
         f"{result['bytes'] / 1e6:.2f} MB of weights for {result['backend']}, "
-        f"{result['bits_per_weight']:.3f} bits a weight, summed KL {result['kl']:.4g} nats a token "
-        f"(perplexity about +{result['perplexity_increase']:.1%}), at most {result['gap']:.2g} of "
-        f"it above the optimum: {folder / RECIPE}"
+        f"{result['bits_per_weight']:.3f} bits a weight, perplexity about "
+        f"{result['perplexity_increase']:+.1%}, summed KL {result['kl']:.4g} nats a token, least "
+        f"{_NAMES[result['by']]} to {result['gap']:.2g} of it: {folder / RECIPE}"
     )

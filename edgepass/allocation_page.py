@@ -19,7 +19,8 @@ def render_page(analysis: Analysis, result: dict[str, Any]) -> str:
     source = files("edgepass").joinpath("allocation.html.jinja").read_text("utf-8")
     template = Environment(autoescape=True).from_string(source)
     data = {
-        "chosen": {key: result[key] for key in ("bytes", "bits_per_weight", "kl", "gap")},
+        "by": result["by"],
+        "chosen": {key: result[key] for key in ("bytes", "bits_per_weight", "kl", "loss", "gap")},
         "front": result["front"],
         "uniform": result["uniform"],
         "sites": [_row(site, result) for site in analysis.sites],
@@ -33,7 +34,8 @@ def render_page(analysis: Analysis, result: dict[str, Any]) -> str:
         megabytes=f"{result['bytes'] / 1e6:.2f}",
         bits=f"{result['bits_per_weight']:.3f}",
         kl=f"{result['kl']:.4g}",
-        increase=f"{result['perplexity_increase']:.1%}",
+        increase=f"{result['perplexity_increase']:+.1%}",
+        least={"loss": "growth of the loss", "kl": "divergence"}[result["by"]],
         gap=f"{result['gap']:.1e}",
         tokens=analysis.chunks * analysis.chunk_tokens,
         data=text,
@@ -53,6 +55,7 @@ def _row(site: Site, result: dict[str, Any]) -> dict[str, Any]:
         "candidates": {
             c.label: {
                 "kl": c.best_kl,
+                "loss": None if c.slope is None else c.text_loss,
                 "interval": c.kl_interval,
                 "sqnr_db": c.sqnr_db,
             }

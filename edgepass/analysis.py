@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from edgepass.calibration.allocation import Allocation, AllocationProblem
+from edgepass.calibration.allocation import Allocation, AllocationProblem, Cost
 from edgepass.calibration.analysis import Analysis, read_analysis
 from edgepass.calibration.analyze import AnalysisRun
 from edgepass.calibration.recipe import Recipe, Role
@@ -63,24 +63,34 @@ def allocate(
     target_bpw: float | None = None,
     max_perplexity_increase: float | None = None,
     same: Sequence[str] = (),
+    by: Cost | None = None,
 ) -> Allocation:
     """Choose a candidate for every site that stores weights: the best within one budget.
 
     The budget is one of: ``target_mb`` (10**6 bytes of packed weights), ``target_bpw`` (bits a
     weight, scales and padding included) and ``max_perplexity_increase`` (as a part: 0.05 is 5 %),
     which is met at the smallest size. ``backend``: whose bytes and candidates, needed if several
-    hold the recipe. ``same``: ``qkv`` and ``gate_up`` make these agree within a layer.
+    hold the recipe. ``same``: ``qkv`` and ``gate_up`` make these agree within a layer. ``by``: what
+    is made least, the growth of the text's ``loss`` (the default) or the divergence ``kl``.
 
     Raises InvalidArgumentError for another number of budgets, AllocationError (with the smallest
     possible budget) for one that no choice keeps to.
     """
     found = analysis if isinstance(analysis, Analysis) else read_analysis(analysis)
-    problem = AllocationProblem(found, choose_backend(found, backend), same)
-    budgets = {
-        "target_mb": target_mb,
-        "target_bpw": target_bpw,
-        "max_perplexity_increase": max_perplexity_increase,
-    }
+    problem = AllocationProblem(found, choose_backend(found, backend), same, by)
+    return allocate_within(
+        problem,
+        target_mb=target_mb,
+        target_bpw=target_bpw,
+        max_perplexity_increase=max_perplexity_increase,
+    )
+
+
+def allocate_within(problem: AllocationProblem, **budgets: float | None) -> Allocation:
+    """The best choice within the one of ``budgets`` that is given, as :func:`allocate` names them.
+
+    Raises what :func:`allocate` raises.
+    """
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         raise InvalidArgumentError(
@@ -93,7 +103,7 @@ def allocate(
         return problem.within_bytes(int(value * 1e6))
     if name == "target_bpw":
         return problem.within_bytes(int(value * problem.values / 8))
-    return problem.within_kl(math.log1p(value))
+    return problem.within_cost(math.log1p(value))
 
 
 def choose_backend(analysis: Analysis, backend: str | None) -> Backend:

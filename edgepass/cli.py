@@ -360,6 +360,10 @@ def allocate(
     same: Annotated[
         list[str] | None, typer.Option(help="qkv or gate_up: these agree within a layer.")
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="What is made least: loss (of texts like the analysed; default) or kl."),
+    ] = None,
     html: Annotated[bool, typer.Option("--html", help="Write allocation.html, too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -370,7 +374,7 @@ def allocate(
         progress("allocate")
         result = allocate_command(
             *(folder, backend, target_mb, target_bpw, max_perplexity_increase),
-            *(same or [], html),
+            *(same or [], by, html),  # type: ignore[arg-type]  # checked by the problem
         )
     console.show(result, as_json, lambda: print_allocation(result, folder))
 

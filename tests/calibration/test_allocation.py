@@ -23,7 +23,7 @@ LABELS = {
 ROLES = ("q_proj", "k_proj", "v_proj", "up_proj")
 
 
-def analysis(seed: int, layers: int = 2, **fields) -> Analysis:
+def analysis(seed: int, layers: int = 2, slopes: bool = False, **fields) -> Analysis:
     random = np.random.default_rng(seed)
     sites = []
     for layer, role in itertools.product(range(layers), ROLES):
@@ -35,6 +35,7 @@ def analysis(seed: int, layers: int = 2, **fields) -> Analysis:
                 bytes={"xnnpack": int(size * random.uniform(90, 110))},
                 sqnr_db=20.0,
                 kl=float(random.uniform(0.5, 2) * 4.0**-size),
+                slope=float(random.normal() * 2.0**-size) if slopes else None,
             )
             for size, (label, weights) in enumerate(LABELS.items(), 1)
         )
@@ -64,28 +65,80 @@ def analysis(seed: int, layers: int = 2, **fields) -> Analysis:
 
 def every_choice(found: Analysis):
     for picked in itertools.product(*(site.candidates for site in found.sites)):
-        yield sum(c.kl for c in picked), sum(c.bytes["xnnpack"] for c in picked)
+        yield sum(c.text_loss for c in picked), sum(c.bytes["xnnpack"] for c in picked)
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 999), part=st.floats(0, 1))
-def test_no_choice_is_better(seed: int, part: float) -> None:
-    found = analysis(seed)
+@given(seed=st.integers(0, 999), part=st.floats(0, 1), slopes=st.booleans())
+def test_no_choice_is_better(seed: int, part: float, slopes: bool) -> None:
+    found = analysis(seed, slopes=slopes)
     problem = AllocationProblem(found, "xnnpack")
     budget = round(problem.smallest + part * (problem.largest - problem.smallest))
     best = problem.within_bytes(budget)
     wanted = min(kl for kl, size in every_choice(found) if size <= budget)
     assert best.bytes <= budget
-    assert best.kl == pytest.approx(wanted, rel=1e-9)
+    cost = best.loss if slopes else best.kl
+    assert cost == pytest.approx(wanted, rel=1e-6, abs=1e-9)
     assert best.gap < 1e-5
-    least = problem.within_kl(best.kl * (1 + 1e-9))
+    most = cost + 1e-9 * abs(cost)
+    least = problem.within_cost(most)
     assert least.bytes <= best.bytes
-    assert least.kl <= best.kl * (1 + 1e-8)
+    assert (least.loss if slopes else least.kl) <= most + 1e-8 * abs(cost)
 
 
-def test_sites_that_agree_take_one_candidate() -> None:
+def test_the_loss_is_made_least_unless_the_divergence_is_asked_for() -> None:
+    found = analysis(5, slopes=True)
+    by_loss, by_kl = (
+        AllocationProblem(found, "xnnpack"),
+        AllocationProblem(found, "xnnpack", (), "kl"),
+    )
+    budget = (by_loss.smallest + by_loss.largest) // 2
+    first, second = by_loss.within_bytes(budget), by_kl.within_bytes(budget)
+    assert (first.cost, second.cost) == ("loss", "kl")
+    assert first.loss < second.loss
+    assert second.kl < first.kl
+    assert first.perplexity_increase == pytest.approx(math.expm1(first.loss))
+    with pytest.raises(InvalidArgumentError, match="accepted are by='kl'"):
+        AllocationProblem(analysis(5), "xnnpack", (), "loss")
+    with pytest.raises(InvalidArgumentError, match="accepted are loss, kl"):
+        AllocationProblem(found, "xnnpack", (), "x")
+
+
+@pytest.mark.parametrize(
+    ("interval", "counted"),
+    [(None, -0.3), ((-0.3, -0.3), -0.3), ((-0.594, -0.006), -0.225), ((-1.0, 0.4), 0.0)],
+)
+def test_of_a_slope_only_what_its_interval_vouches_for_counts(interval, counted: float) -> None:
+    # (-0.594, -0.006): 1.96 standard errors of 0.15 around -0.3, whose square is a quarter noise.
+    candidate = analysis(0).sites[0].candidates[0]
+    asked = {"slope": -0.3, "slope_interval": interval}
+    found = candidate.model_copy(update={**asked, "kl": 0.9})
+    assert found.text_loss == pytest.approx(0.9 + counted)
+    # A loss that falls takes half of the divergence away at most; one that grows counts in full.
+    found = candidate.model_copy(update={**asked, "kl": 0.1})
+    assert found.text_loss == pytest.approx(0.05 if counted else 0.1)
+    if interval is not None:
+        asked = {"slope": 0.3, "slope_interval": (-interval[1], -interval[0])}
+        found = candidate.model_copy(update={**asked, "kl": 0.1})
+        assert found.text_loss == pytest.approx(0.1 - counted)
+
+
+def test_tied_sites_agree_where_their_table_is_stored_once() -> None:
     found = analysis(1, agrees="all")
     problem = AllocationProblem(found, "xnnpack")
+    assert len(problem.groups) == len(found.sites)
+    stored = [
+        site.model_copy(
+            update={
+                "candidates": tuple(
+                    c.model_copy(update={"bytes": {"vulkan": c.bytes["xnnpack"]}})
+                    for c in site.candidates
+                )
+            }
+        )
+        for site in found.sites
+    ]
+    problem = AllocationProblem(found.model_copy(update={"sites": tuple(stored)}), "vulkan")
     assert len(problem.groups) == 1
     for budget in (problem.smallest, problem.largest):
         labels = {c.label for c in problem.within_bytes(budget).choice.values()}
@@ -107,9 +160,9 @@ def test_an_impossible_budget_says_the_smallest_possible_one() -> None:
     with pytest.raises(AllocationError, match=f"is {problem.smallest} bytes"):
         problem.within_bytes(problem.smallest - 1)
     assert problem.within_bytes(problem.smallest).bytes == problem.smallest
-    least = math.expm1(problem.least_kl)
+    least = math.expm1(problem.least_cost)
     with pytest.raises(AllocationError, match=f"is {least:.4g}"):
-        problem.within_kl(problem.least_kl * 0.9)
+        problem.within_cost(problem.least_cost * 0.9)
     with pytest.raises(AllocationError, match="backend=qnn"):
         AllocationProblem(analysis(3), "qnn")
 
@@ -120,7 +173,7 @@ def test_the_front_falls_and_ends_at_the_ends() -> None:
     sizes, divergences = [each.bytes for each in front], [each.kl for each in front]
     assert sizes == sorted(set(sizes))
     assert divergences == sorted(divergences, reverse=True)
-    assert (sizes[0], divergences[-1]) == (problem.smallest, pytest.approx(problem.least_kl))
+    assert (sizes[0], divergences[-1]) == (problem.smallest, pytest.approx(problem.least_cost))
     uniform = problem.uniform("int4-g32")
     assert uniform is not None
     assert problem.within_bytes(uniform.bytes).kl <= uniform.kl

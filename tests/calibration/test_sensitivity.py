@@ -60,6 +60,60 @@ def test_the_score_ranks_sites_as_running_the_model_does(family: str) -> None:
     assert 0.8 < ratios[len(ratios) // 2] < 1.25
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_slope_is_how_the_loss_changes_with_a_small_part_of_the_error(family: str) -> None:
+    model, sites = measured(family)
+    found = SensitivityProbe(model, sites, seed=0).run(CHUNKS[0], 0)[:, 3]
+    exact = model.double()
+
+    def loss() -> float:
+        logits = exact(CHUNKS[0][None]).logits[0]
+        return float(torch.nn.functional.cross_entropy(logits[:-1], CHUNKS[0][1:]))
+
+    at, part, seen = 0, 2e-2, 0
+    for site in sites:
+        if site.place.kind in ("weight", "embedding", "head") and site.place.layer != 0:
+            module = exact.get_submodule(site.place.module)
+            before = module.weight
+            for index, rounded in enumerate(site.rounded[:2]):
+                error = weight_error(rounded, before.float()).double()
+                ends = []
+                for sign in (part, -part):
+                    # Of a tied table this module's part alone.
+                    module.weight = torch.nn.Parameter(before + sign * error, requires_grad=False)
+                    ends.append(loss())
+                module.weight = before
+                wanted = (ends[0] - ends[1]) / (2 * part)
+                assert float(found[at + index]) == pytest.approx(wanted, rel=2e-2, abs=1e-5)
+                seen += abs(wanted) > 1e-3
+        at += len(site.choices)
+    assert seen > 8
+
+
+def test_the_slopes_of_values_are_those_of_their_rounding() -> None:
+    model, sites = measured()
+    found = SensitivityProbe(model, sites, seed=0).run(CHUNKS[0], 0)[:, 3]
+    at = 0
+    for site in sites:
+        if site.place.kind == "activation" and site.place.layer == 1:
+            rounding = site.roundings[0]
+            ends = []
+            for sign in (1.0, -1.0):
+
+                def move(_, args, sign=sign, rounding=rounding):
+                    return (args[0] + 1e-1 * sign * (rounding(args[0]) - args[0]),)
+
+                modules = [model.get_submodule(path) for path in site.place.modules]
+                hooks = [module.register_forward_pre_hook(move) for module in modules]
+                logits = model(CHUNKS[0][None]).logits[0].double()
+                ends.append(torch.nn.functional.cross_entropy(logits[:-1], CHUNKS[0][1:]).item())
+                for hook in hooks:
+                    hook.remove()
+            wanted = (ends[0] - ends[1]) / 2e-1
+            assert float(found[at]) == pytest.approx(wanted, rel=0.05, abs=2e-6)
+        at += len(site.choices)
+
+
 def test_the_head_is_not_estimated() -> None:
     model, sites = measured()
     table, head = [s for s in sites if s.place.kind in ("embedding", "head")]

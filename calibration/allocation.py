@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from edgepass.calibration.analysis import Analysis, Candidate, Site
 from edgepass.calibration.recipe_sections import Backend
@@ -228,7 +229,7 @@ class AllocationProblem:
             )
         if result.x is None:
             raise AllocationError(
-                f"not solved in {_TIME_LIMIT_S:.0f} s: got {len(sizes)} sites and {len(options)} "
+                f"not solved ({result.message}): got {len(sizes)} sites and {len(options)} "
                 "candidates, accepted are fewer, or a budget further from the smallest"
             )
         starts = np.cumsum([0, *sizes[:-1]])
@@ -292,12 +293,20 @@ def _families(same: Iterable[str]) -> dict[str, str]:
 
 
 def _agreeing(sites: Sequence[Site], families: dict[str, str], one_table: bool) -> list[list[Site]]:
-    groups: dict[object, list[Site]] = {}
-    for site in sites:
-        key: object = (site.agrees if one_table else None) or site.name
+    """The sites by what must take one candidate: what shares a table, and families of a module."""
+    nodes: dict[object, int] = {}
+    edges: list[tuple[int, int]] = []
+    for index, site in enumerate(sites):
+        reasons: list[object] = [site.agrees] if site.agrees and one_table else []
         if site.role in families:
-            key = (site.layer, families[site.role])
-        groups.setdefault(key, []).append(site)
+            reasons.append((site.modules[0].rpartition(".")[0], families[site.role]))
+        edges += [(index, len(sites) + nodes.setdefault(each, len(nodes))) for each in reasons]
+    size = len(sites) + len(nodes)
+    rows, columns = zip(*edges, strict=True) if edges else ((), ())
+    graph = csr_array((np.ones(len(edges)), (rows, columns)), shape=(size, size))
+    groups: dict[int, list[Site]] = {}
+    for site, component in zip(sites, connected_components(graph, directed=False)[1], strict=False):
+        groups.setdefault(component, []).append(site)
     return list(groups.values())
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -23,7 +24,7 @@ from edgepass.calibration.recipe import Recipe
 from edgepass.calibration.recipe_modules import plan_modules
 from edgepass.calibration.recipe_section import suggest
 from edgepass.calibration.recipe_sections import Backend
-from edgepass.calibration.sensitivity import Measured, SensitivityProbe, prepare_sites
+from edgepass.calibration.sensitivity import MEASURES, Measured, SensitivityProbe, prepare_sites
 from edgepass.calibration.sites import SitePlace, find_sites
 from edgepass.calibration.workers import Workers
 from edgepass.ops.errors import CalibrationError, InvalidArgumentError
@@ -73,7 +74,6 @@ class AnalysisRun:
                 f"too few chunks: got {len(chunks)} for {self.workers.size} processes, accepted is "
                 "one for each and more"
             )
-        model.requires_grad_(False)
         places = _matching(find_sites(model), self.patterns)
         plan = {place: choices_of(place, recipe, self.backends, self.holds) for place in places}
         sites = prepare_sites(model, plan)
@@ -82,7 +82,7 @@ class AnalysisRun:
             model, chunks, recipe=recipe.asked(), candidates=labels, seed=self.seed
         )
         kept = _Kept(self, identity)
-        with torch_threads(kept.threads):
+        with torch_threads(kept.threads), _without_gradients(model):
             table = self._measure(SensitivityProbe(model, sites, self.seed), chunks, kept)
             exact = self._exact(model, chunks, sites, table, recipe, kept)
         return Analysis(
@@ -170,31 +170,45 @@ def _examples(places: Sequence[SitePlace]) -> list[str]:
     return list(reversed(by_role.values()))
 
 
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter of ``model`` is differentiated meanwhile."""
+    asked = [each for each in model.parameters() if each.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for each in asked:
+            each.requires_grad_(True)
+
+
 class _Kept:
     """What one process has measured, and its file."""
 
     def __init__(self, options: AnalysisRun, identity: dict[str, str]) -> None:
         self.rows: list[Tensor] = []
         self.exact: list[float] = []
+        self.sites = options.exact
         self.threads = options.workers.agree(torch.get_num_threads())
         self.file: Checkpoint | None = None
         if options.checkpoint is None:
             return
         workers = options.workers
         path = options.checkpoint / f"{workers.rank}of{workers.size}.safetensors"
-        self.file = Checkpoint(path, {**identity, "exact": str(options.exact)})
+        self.file = Checkpoint(path, {**identity, "measures": " ".join(MEASURES)})
         saved = self.file.load()
         if saved is not None:
             tensors, facts = saved
             self.rows = list(tensors["rows"])
-            self.exact = tensors["exact"].tolist()
+            # Rows serve any number of exact sites; which site an exact value is of depends on it.
+            self.exact = tensors["exact"].tolist() if facts["exact"] == self.sites else []
             self.threads = int(facts["threads"])
 
     def save(self) -> None:
         if self.file is not None:
             exact = torch.tensor(self.exact, dtype=torch.float64)
             state = {"rows": torch.stack(self.rows), "exact": exact}
-            self.file.save_if_due(state, {"threads": self.threads})
+            self.file.save_if_due(state, {"threads": self.threads, "exact": self.sites})
 
 
 def _most_sensitive(

@@ -84,7 +84,7 @@ def write_file(path: Path, text: str) -> None:
 
 def print_analysis(analysis: Analysis, out: Path) -> None:
     """Print the sites whose coarsest candidate hurts most, and where the whole table is."""
-    table = Table("candidate", "KL, nats a token", "exact", "SQNR dB")
+    table = Table("candidate", "KL, nats a token", "exact", "loss", "SQNR dB")
     table.columns.insert(0, Column("site", no_wrap=True, overflow="fold"))
     rows = sorted(analysis.sites, key=lambda site: -_candidate(site).kl)
     for site in rows[:_SHOWN]:
@@ -96,6 +96,7 @@ def print_analysis(analysis: Analysis, out: Path) -> None:
             worst.label,
             f"{worst.kl:.2g}{spread}",
             "" if worst.exact_kl is None else f"{worst.exact_kl:.2g}",
+            f"{worst.text_loss:+.2g}",
             f"{worst.sqnr_db:.1f}",
         )
     Console(width=max(Console().width, _WIDTH)).print(table)

@@ -19,7 +19,7 @@ def analysed(log=None, checkpoint=None, progress=None, model=None, **options):
     run = AnalysisRun(
         ("xnnpack",),
         lambda *_: True,
-        exact=2,
+        exact=options.pop("exact", 2),
         checkpoint=checkpoint,
         progress=progress,
         log=log,

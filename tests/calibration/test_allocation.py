@@ -155,6 +155,37 @@ def test_families_agree_within_a_layer_if_asked() -> None:
         AllocationProblem(analysis(2), "xnnpack", ["x"])
 
 
+def test_families_join_what_agrees_already_and_keep_experts_apart() -> None:
+    found = analysis(6)
+    sites = []
+    for site in found.sites:
+        # q of layer 0 and of layer 1 are one table, and each layer has two experts.
+        name = site.name.replace("up_proj", "experts.0.up_proj")
+        sites.append(site.model_copy(update={"name": name, "modules": (name,)}))
+        if site.role == "up_proj":
+            name = site.name.replace("up_proj", "experts.1.gate_proj")
+            sites.append(
+                site.model_copy(update={"name": name, "modules": (name,), "role": "gate_proj"})
+            )
+    sites = [
+        s.model_copy(
+            update={
+                "agrees": "q" if s.role == "q_proj" else None,
+                "candidates": tuple(
+                    c.model_copy(update={"bytes": {"vulkan": c.bytes["xnnpack"]}})
+                    for c in s.candidates
+                ),
+            }
+        )
+        for s in sites
+    ]
+    problem = AllocationProblem(
+        found.model_copy(update={"sites": tuple(sites)}), "vulkan", ["qkv", "gate_up"]
+    )
+    sizes = sorted(len(group.sites) for group in problem.groups)
+    assert sizes == [1, 1, 1, 1, 6]
+
+
 def test_an_impossible_budget_says_the_smallest_possible_one() -> None:
     problem = AllocationProblem(analysis(3), "xnnpack")
     with pytest.raises(AllocationError, match=f"is {problem.smallest} bytes"):

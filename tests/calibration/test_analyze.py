@@ -69,6 +69,8 @@ def test_an_interrupted_analysis_goes_on_and_ends_alike(found, tmp_path: Path) -
 
         with pytest.raises(Stop):
             analysed(checkpoint=tmp_path / "state", progress=progress)
+    with pytest.raises(Stop):  # another number of exact sites: the rows serve, exact values do not
+        analysed(checkpoint=tmp_path / "state", progress=progress, exact=1)
     told: list[str] = []
     again = analysed(told.append, checkpoint=tmp_path / "state")
     assert format_analysis(again) == format_analysis(found)
@@ -110,6 +112,15 @@ def test_only_some_sites_are_measured_as_among_all(found) -> None:
             assert one.kl == pytest.approx(other.kl, rel=1e-5, abs=1e-12)
     with pytest.raises(InvalidArgumentError, match="sites='x', which matches no site"):
         analysed(patterns=("x",))
+
+
+def test_the_model_keeps_its_gradients() -> None:
+    model = tiny_model()
+    model.lm_head.weight.requires_grad_(True)
+    model.model.norm.weight.requires_grad_(False)
+    before = [each.requires_grad for each in model.parameters()]
+    analysed(model=model)
+    assert [each.requires_grad for each in model.parameters()] == before
 
 
 def test_values_that_are_not_finite_end_it() -> None:

@@ -1,14 +1,16 @@
 """`edgepass analyze` and `allocate`, from a checkpoint to a program and a page."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from edgepass.calibration.analysis import read_analysis
+from edgepass.calibration.analysis import Site, read_analysis
 
 
 @pytest.fixture
@@ -140,6 +142,28 @@ def test_the_page_draws_itself_in_a_browser(command, folder: Path) -> None:
     assert code == 0, err
     page = folder / "allocation.html"
     assert "http://" not in page.read_text().replace("http://www.w3.org/2000/svg", "")
+    drawn, analysis = _drawn(browser, page), read_analysis(folder)
+    assert 'data-ready="yes"' in drawn
+    assert drawn.count("<polyline") == 1
+    assert drawn.count('class="uniform"') >= 3
+    assert sorted(_listed(drawn)) == sorted(site.name for site in analysis.sites)
+    # A click on the head of a column sorts by it, another click the other way around.
+    clicks = 'const head = document.querySelectorAll("#sites th button")[4]; head.click();'
+    shown = {
+        s.name: _shown(s, json.loads((folder / "allocation.json").read_text()))
+        for s in analysis.sites
+    }
+    for text, down in ((clicks, True), (clicks + "head.click();", False)):
+        clicked = folder / "clicked.html"
+        source = page.read_text().replace("</body>", f"<script>{text}</script></body>")
+        clicked.write_text(source)
+        found = [shown[name] for name in _listed(_drawn(browser, clicked))]
+        assert found == sorted(found, reverse=down)
+        assert found[0] != found[-1]
+
+
+def _drawn(browser: str, page: Path) -> str:
+    """The document as a browser leaves it."""
     done = subprocess.run(
         [
             *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"),
@@ -149,10 +173,17 @@ def test_the_page_draws_itself_in_a_browser(command, folder: Path) -> None:
         text=True,
         timeout=120,
     )
-    drawn, analysis = done.stdout, read_analysis(folder)
-    assert 'data-ready="yes"' in drawn, done.stderr[-2000:]
-    assert drawn.count("<polyline") == 1
-    assert drawn.count('class="uniform"') >= 3
+    assert done.stdout, done.stderr[-2000:]
+    return done.stdout
+
+
+def _listed(drawn: str) -> list[str]:
+    """The sites of the table, from top to bottom."""
     table = drawn[drawn.index('<table class="list"') :]
-    assert table.count("<tr>") == 1 + len(analysis.sites)
-    assert all(site.name in table for site in analysis.sites)
+    return re.findall(r"<tr><td>([^<]+)</td>", table)
+
+
+def _shown(site: Site, result: dict[str, Any]) -> float:
+    """The divergence that the table has of a site: of what was chosen, else the first."""
+    chosen = result["sites"].get(site.name, {}).get("candidate", site.candidates[0].label)
+    return next(c.best_kl for c in site.candidates if c.label == chosen)

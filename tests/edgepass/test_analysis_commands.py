@@ -64,6 +64,30 @@ def test_an_allocation_lowers_to_the_bytes_that_it_says(
     assert code == 0 and json.loads(printed)["generated_tokens"] > 0
 
 
+def test_a_tied_head_may_differ_from_its_embedding_on_xnnpack(
+    command, checkpoint, folder: Path, text, tmp_path: Path
+) -> None:
+    analysis, found = read_analysis(folder), {}
+    assert len({site.agrees for site in analysis.sites if site.kind in ("embedding", "head")}) == 1
+    for budget in (4.6, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5):
+        command("allocate", folder, "--backend", "xnnpack", "--target-bpw", budget)
+        sites = json.loads((folder / "allocation.json").read_text())["sites"]
+        found = {site.kind: sites[site.name]["candidate"] for site in analysis.sites if site.values}
+        if found["embedding"] != found["head"]:
+            break
+    assert found["embedding"] != found["head"]
+    recipe = ("--recipe", folder / "recipe.yaml")
+    out = tmp_path / "program"
+    command(
+        *("lower", "--model", checkpoint, "--backend", "xnnpack", "--context", 24, *recipe),
+        *("--out", out),
+    )
+    score = ("--text", text, "--context", 24, "--max-tokens", 240, "--json")
+    lowered = json.loads(command("eval", out, *score)[1])["perplexity"]
+    eager = json.loads(command("eval", "--model", checkpoint, *recipe, *score)[1])["perplexity"]
+    assert lowered == pytest.approx(eager, rel=0.01)
+
+
 def test_a_perplexity_is_met_at_the_smallest_size(command, folder: Path) -> None:
     options = ["allocate", folder, "--backend", "xnnpack", "--json"]
     results = [

@@ -63,9 +63,9 @@ class Candidate(Section):
         """By how much the loss of texts like the analysed one grows, nats a token.
 
         To second order of one site alone, the divergence and the slope. Of a slope only what its
-        interval vouches for counts (the positive part of James and Stein's estimate), since a choice
-        among many candidates would else be one of the luckiest, and of that a part: errors that
-        follow the slope together flatten it, and nobody wants a model that is bent to one text.
+        interval vouches for counts (the positive part of James and Stein's estimate), since a
+        choice among many candidates would else be one of the luckiest, and of that a part: errors
+        that follow the slope together flatten it, and a model is not to be bent to one text.
         """
         if not self.slope:
             return self.best_kl

@@ -25,7 +25,7 @@ import torch
 from computed import compute_in_float
 
 from edgepass.calibration.allocated_recipe import allocated_recipe
-from edgepass.calibration.allocation import Allocation, AllocationProblem, Option
+from edgepass.calibration.allocation import Allocation, AllocationProblem, Cost, Option
 from edgepass.calibration.analysis import Analysis, read_analysis
 from edgepass.calibration.recipe_sections import Backend
 from edgepass.calibration.recipes import quantize_model
@@ -82,9 +82,9 @@ def _option(problem: AllocationProblem, uniform: Allocation, names: tuple[str, .
 
 
 def contestants(
-    analysis: Analysis, backend: Backend, bpw: float
+    analysis: Analysis, backend: Backend, bpw: float, by: Cost | None
 ) -> Iterator[tuple[str, Allocation]]:
-    problem = AllocationProblem(analysis, backend)
+    problem = AllocationProblem(analysis, backend, by=by)
     budget = int(bpw * problem.values / 8)
     labels = {c.label for group in problem.groups for s in group.sites for c in s.candidates}
     uniform = [u for label in labels if (u := problem.uniform(label)) is not None]
@@ -141,7 +141,9 @@ def main() -> None:
     known, _ = measure(analysis, None, options)
     rows: list[list[object]] = [["float32", 32.0, "", "", "", f"{known:.2f}", "", ""]]
     base = math.nan
-    for name, chosen in contestants(analysis, options.backend, options.bpw):
+    # What an algorithm makes of calibration has no slopes: `edgepass analyze` gives it none.
+    by: Cost | None = "kl" if options.algorithm in NEED_STATISTICS else None
+    for name, chosen in contestants(analysis, options.backend, options.bpw, by):
         if options.only and name not in options.only:
             continue
         value, seconds = measure(analysis, chosen, options)

@@ -38,7 +38,8 @@ class Candidate(Section):
     divergence of the logits' distribution from the float model's, nats a token; ``kl_interval``:
     its 95 % confidence interval over the chunks, if there are several. ``exact_kl``: the same by
     running the model. ``slope``: by how much the loss of the analysed text changes to first order,
-    nats a predicted token, less than 0 where it falls; ``slope_interval`` as for ``kl``.
+    nats a predicted token, less than 0 where it falls, None if the weight's algorithm was stood in
+    for by another; ``slope_interval`` as for ``kl``.
     """
 
     label: str

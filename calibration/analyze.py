@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgepass.calibration.analysis import Analysis, Candidate, Site
-from edgepass.calibration.candidates import Holds, choices_of, role_of_kind
+from edgepass.calibration.candidates import Choice, Holds, choices_of, role_of_kind
 from edgepass.calibration.checkpoint import Checkpoint
 from edgepass.calibration.exact_divergence import ExactDivergence
 from edgepass.calibration.identity import model_identity
@@ -26,6 +26,7 @@ from edgepass.calibration.recipe_section import suggest
 from edgepass.calibration.recipe_sections import Backend
 from edgepass.calibration.sensitivity import MEASURES, Measured, SensitivityProbe, prepare_sites
 from edgepass.calibration.sites import SitePlace, find_sites
+from edgepass.calibration.weight_rounding import NEED_STATISTICS
 from edgepass.calibration.workers import Workers
 from edgepass.ops.errors import CalibrationError, InvalidArgumentError
 from edgepass.ops.threads import torch_threads
@@ -244,7 +245,7 @@ def _results(
             kl, interval = _mean(table[:, at, 0])
             if interval is not None:
                 interval = max(0.0, interval[0]), interval[1]
-            slope, slopes = _mean(table[:, at, 3])
+            slope, slopes = _mean(table[:, at, 3]) if _is_itself(choice) else (None, None)
             candidates.append(
                 Candidate(
                     label=choice.label,
@@ -276,6 +277,15 @@ def _results(
             )
         )
     return found
+
+
+def _is_itself(choice: Choice) -> bool:
+    """Whether the errors measured have the directions of the candidate's own.
+
+    An algorithm that needs calibration is stood in for by another: divergences tell what to expect
+    of its errors, slopes do not.
+    """
+    return choice.spec is None or choice.spec.algorithm not in NEED_STATISTICS
 
 
 def _mean(values: Tensor) -> tuple[float, tuple[float, float] | None]:

@@ -16,6 +16,7 @@ CHUNKS = torch.randint(0, 96, (5, 16), generator=torch.Generator().manual_seed(5
 def analysed(log=None, checkpoint=None, progress=None, model=None, **options):
     """An analysis of a tiny model: two of its sites exactly, too."""
     torch.set_num_threads(1)
+    recipe = options.pop("recipe", None) or find_recipe("8da4w")
     run = AnalysisRun(
         ("xnnpack",),
         lambda *_: True,
@@ -25,7 +26,7 @@ def analysed(log=None, checkpoint=None, progress=None, model=None, **options):
         log=log,
         **options,
     )
-    return run.run(model or tiny_model(), find_recipe("8da4w"), CHUNKS, name="tiny")
+    return run.run(model or tiny_model(), recipe, CHUNKS, name="tiny")
 
 
 if __name__ == "__main__":

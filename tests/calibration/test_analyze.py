@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from edgepass.calibration.allocation import AllocationProblem
 from edgepass.calibration.analysis import format_analysis
+from edgepass.calibration.recipe_file import find_recipe
 from edgepass.calibration.sites import find_sites
 from edgepass.ops.errors import CalibrationError, InvalidArgumentError
 from tests.calibration.analysis_worker import CHUNKS, analysed
@@ -112,6 +114,14 @@ def test_only_some_sites_are_measured_as_among_all(found) -> None:
             assert one.kl == pytest.approx(other.kl, rel=1e-5, abs=1e-12)
     with pytest.raises(InvalidArgumentError, match="sites='x', which matches no site"):
         analysed(patterns=("x",))
+
+
+def test_what_stands_in_for_another_algorithm_has_no_slope() -> None:
+    found = analysed(recipe=find_recipe("8da4w").with_algorithm("gptq"))
+    stored = [site for site in found.sites if site.values]
+    assert all(c.slope is None and c.slope_interval is None for s in stored for c in s.candidates)
+    assert all(c.slope is not None for s in found.sites if not s.values for c in s.candidates)
+    assert AllocationProblem(found, "xnnpack").cost == "kl"
 
 
 def test_the_model_keeps_its_gradients() -> None:

@@ -44,12 +44,13 @@ def has_effect(node: Node) -> bool:
     """Tell whether a node does more than return a value. Drawing random numbers is no effect."""
     if node.op != "call_function":
         return node.op in ("placeholder", "output")
+    found = _EFFECTS.get(id(node.target))
+    if found is not None:
+        return found
     if overload_of(node.target) is None:
         return not is_getitem(node) and node.is_impure(impure_random=False)
     operator_name(node.target)  # keeps the target alive, so that its identity stays its own
-    found = _EFFECTS.get(id(node.target))
-    if found is None:
-        found = _EFFECTS[id(node.target)] = node.is_impure(impure_random=False)
+    found = _EFFECTS[id(node.target)] = node.is_impure(impure_random=False)
     return found
 
 
@@ -80,8 +81,11 @@ class MutationTable:
         self._root: dict[Node, Node] = {}
         self._writes: dict[Node, list[Node]] = {}
         for node in graph.nodes:
-            if node.op == "call_function" and (written := _aliasing(node.target).written):
-                for each in _operands(node, written):
+            if node.op != "call_function":
+                continue
+            aliasing = _ALIASING.get(id(node.target)) or _aliasing(node.target)
+            if aliasing.written:
+                for each in _operands(node, aliasing.written):
                     self._writes.setdefault(self.root(each), []).append(node)
 
     def __bool__(self) -> bool:
@@ -102,7 +106,7 @@ class MutationTable:
 
     def is_changed(self, node: Node) -> bool:
         """Tell whether some call changes the memory that ``node`` views."""
-        return self.root(node) in self._writes
+        return bool(self._writes) and self.root(node) in self._writes
 
     def changed_roots(self) -> set[Node]:
         """Return the nodes whose memory is changed in place."""

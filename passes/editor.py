@@ -30,18 +30,22 @@ class Editor:
         """
         if isinstance(target, torch._ops.OpOverloadPacket):
             target = target.default
-        graph, meta = self.program.graph, dict(self.anchor.meta)
+        graph = self.program.graph
+        # Given with the call, the arguments would be searched for symbolic sizes, and without a
+        # name one is derived from the target: together they cost twice what the rest does.
+        with graph.inserting_before(self.anchor):
+            node = graph.call_function(target, name=node_label(target))
+        # A node's own __setattr__ would file it anew under its target, which stays the same.
+        object.__setattr__(node, "args", arguments)
+        if keywords:
+            object.__setattr__(node, "kwargs", keywords)
+        meta = node.meta
+        meta.update(self.anchor.meta)
         for name in _OF_THE_VALUE:
             meta.pop(name, None)
         meta["edgepass_rule"] = self._rule_name
         if like is not None and "val" in like.meta:
             meta["val"] = like.meta["val"]
-        # Given with the call, the arguments would be searched for symbolic sizes, and without a
-        # name one is derived from the target: together they cost twice what the rest does.
-        with graph.inserting_before(self.anchor):
-            node = graph.call_function(target, name=node_label(target))
-        node.args, node.kwargs = arguments, keywords
-        node.meta.update(meta)
         self.created.append(node)
         return node
 

@@ -1,5 +1,6 @@
 """Solves a pattern against one anchor node, and remembers how far it got when it fails."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +85,11 @@ class Match:
     facts: dict[str, Any]
 
     def __init__(
-        self, search: Search, anchor: Node, unbound: dict[str, Any], program: "WorkingProgram"
+        self, search: Search, anchor: Node, names: Sequence[str], program: "WorkingProgram"
     ) -> None:
-        values = self.__dict__
-        values.update(unbound)
-        values.update({k: v for k, v in search.bindings.items() if k.__class__ is str})
+        values, bound = self.__dict__, search.bindings
+        for name in names:
+            values[name] = bound.get(name)
         self.anchor = anchor
         self.nodes = tuple(dict.fromkeys(search.nodes))
         self.program = program

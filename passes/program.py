@@ -121,11 +121,9 @@ class WorkingProgram:
         """
         if not isinstance(node, Node):
             return None
-        if is_call(node, INNER_TENSOR):
-            outer = self.constant(node.args[0])
-            return None if outer is None else getattr(outer, node.args[1])
         if not self.is_constant(node):
-            return None
+            outer = self.constant(node.args[0]) if is_call(node, INNER_TENSOR) else None
+            return None if outer is None else getattr(outer, node.args[1])
         target = self._target(node)
         return self._state[target] if target in self._state else self._constants.get(target)
 
@@ -165,6 +163,8 @@ class WorkingProgram:
     def _find_mutable(self) -> set[Node]:
         changed = self._mutations.changed_roots()
         targets = {spec.target for spec in self._outputs if spec.kind is OutputKind.BUFFER_MUTATION}
+        if not changed and not targets:
+            return set()
         return {
             node
             for node in self.placeholders

@@ -218,9 +218,11 @@ def _check_encodings(
         if tensor is not None and tensor.numel() not in (1, groups):
             return Refusal(f"{node} has {tensor.numel()} values for {groups} groups", scales)
     zero = program.constant(zeros)
-    if zero is None or not zero.any():
+    if zero is None or not zero.numel():
         return None
-    low, high = (float(bound) for bound in zero.aminmax())
+    low, high = (bound.item() for bound in zero.aminmax())
+    if low == high == 0:
+        return None
     if not math.isfinite(low) or not math.isfinite(high):
         return Refusal(f"the zero points {zeros} are not finite ({low:g}..{high:g})", scales)
     if is_whole(zero) and (low < -120 or high > 127):

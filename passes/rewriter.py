@@ -87,9 +87,12 @@ class Rewriter:
         """Rewrite ``program`` wherever a rule accepts, and say what was done."""
         log = RewriteLog({compiled.rule.name: RuleCount() for compiled in self.rules})
         mutations = program.find_mutations()
+        by_target = self._by_target
         for node in list(program.graph.nodes):
-            if node.op == "call_function" and not node._erased and self._rules_at(node):
-                self._settle(node, program, mutations, log)
+            if node.op == "call_function" and not node._erased:
+                rules = by_target.get(id(node.target))
+                if self._rules_at(node) if rules is None else rules:
+                    self._settle(node, program, mutations, log)
         return log
 
     def _rules_at(self, node: Node) -> list[CompiledRule]:
@@ -154,14 +157,14 @@ def _replace(rule: RewriteRule, match: Match, log: RewriteLog) -> list[Node]:
 
 
 def _erase_dead(nodes: Sequence[Node]) -> None:
-    candidates, pending = set(nodes), list(nodes)
+    pending = [node for node in nodes if not node.users]
     while pending:
         node = pending.pop()
         if node.users or node._erased or has_effect(node):
             continue
-        freed = candidates.intersection(node.all_input_nodes)
+        inputs = node.all_input_nodes
         node.graph.erase_node(node)
-        pending.extend(freed)
+        pending.extend(each for each in inputs if not each.users and each in nodes)
 
 
 def _crosses_write(match: Match, mutations: MutationTable) -> Refusal | None:

@@ -50,11 +50,11 @@ class CompiledRule:
         taken = sorted(name for name in names if hasattr(Match, name) or name in MATCH_FIELDS)
         if taken:
             raise PassError(f"rule={rule.name} names a value {taken[0]!r}: a match has that itself")
-        self._unbound: dict[str, Any] = dict.fromkeys(names)
+        self._names = tuple(sorted(names))
 
     def match(self, anchor: Node, program: "WorkingProgram") -> Match | NearMiss:
         """Match the pattern at ``anchor``; a failure says how far it got."""
         search = Search()
         if search.run(self.root, anchor):
-            return Match(search, anchor, self._unbound, program)
+            return Match(search, anchor, self._names, program)
         return NearMiss(self.rule.name, anchor, search.depth, tuple(search.misses))

@@ -24,10 +24,14 @@ def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
     """Tell whether two shapes, or two lists of strides, are known to be equal."""
     if len(left) != len(right):
         return False
-    pairs = list(zip(left, right, strict=True))
+    symbolic = []
+    for one, other in zip(left, right, strict=True):
+        if not (isinstance(one, int) and isinstance(other, int)):
+            symbolic.append((one, other))
+        elif not same_size(one, other):
+            return False
     # Numbers first: comparing symbolic expressions is slow.
-    pairs.sort(key=lambda pair: not isinstance(pair[0], int))
-    return all(same_size(one, other) for one, other in pairs)
+    return all(same_size(one, other) for one, other in symbolic)
 
 
 def same_layout(left: torch.Tensor, right: torch.Tensor) -> bool:

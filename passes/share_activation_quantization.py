@@ -56,7 +56,7 @@ class ShareActivationQuantization(GraphPass):
                 count.refused += 1
                 continue
             alike = kept.setdefault((id(node.target), node.args[:1]), [])
-            twin = next((each for each in alike if _same_arguments(each, node)), None)
+            twin = _twin(node, alike)
             if twin is None:
                 alike.append(node)
                 continue
@@ -73,8 +73,12 @@ def _is_quantization(node: Node) -> bool:
     return node.op == "call_function" and operator_name(node.target) in _PURE
 
 
-def _same_arguments(left: Node, right: Node) -> bool:
-    return _same(left.args, right.args) and _same(left.kwargs, right.kwargs)
+def _twin(node: Node, others: list[Node]) -> Node | None:
+    """Return the call among ``others``, of the same target, that has the same arguments."""
+    for each in others:
+        if _same(each.args, node.args) and _same(each.kwargs, node.kwargs):
+            return each
+    return None
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -123,9 +123,7 @@ def has_parameter(target: Any, name: str) -> bool:
 def is_call(node: Any, *names: str) -> bool:
     """Tell whether ``node`` is a call of one of the operators ``names`` (``"aten.view"``)."""
     return (
-        isinstance(node, Node)
-        and node.op == "call_function"
-        and operator_name(node.target) in names
+        isinstance(node, Node) and node.op == "call_function" and _info(node.target).name in names
     )
 
 

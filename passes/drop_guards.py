@@ -81,12 +81,13 @@ class UnwrapParameter(RewriteRule):
             return Refusal(f"{render_value(match.parameter)} is no parameter", match.anchor)
         if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
             return Refusal(f"the component is itself a {type(tensor).__name__}", match.anchor)
+        match.facts["tensor"] = tensor
         return None
 
     def rewrite(self, match: Match, editor: Editor) -> Node:
         program, anchor = match.program, match.anchor
-        tensor, name = program.constant(anchor), program.qualified_name(anchor)
-        assert tensor is not None and name is not None, "established by check"
+        tensor, name = match.facts["tensor"], program.qualified_name(anchor)
+        assert name is not None, "established by check"
         key = (anchor.args[0], match.component)
         return program.derive_constant(key, name, lambda: tensor, like=anchor)
 

@@ -52,16 +52,17 @@ class Search:
                 self._note_miss(pattern, value, owner)
                 if not self.choices:
                     return False
-                pattern, value, owner, rest, way = self._take_choice()
+                pattern, value, owner, rest, way, _, _ = self._take_choice()
                 goals = pattern.retry(self, value, owner, rest, way)
         return True
 
     def _take_choice(self) -> tuple:
-        *choice, trail_length, node_count = self.choices.pop()
+        choice = self.choices.pop()
+        trail_length, node_count = choice[5:]
         while len(self.trail) > trail_length:
             del self.bindings[self.trail.pop()]
         del self.nodes[node_count:]
-        return tuple(choice)
+        return choice
 
     def _note_miss(self, pattern: Pattern, value: Any, owner: Node | None) -> None:
         if len(self.nodes) > self.depth:
@@ -91,7 +92,8 @@ class Match:
         for name in names:
             values[name] = bound.get(name)
         self.anchor = anchor
-        self.nodes = tuple(dict.fromkeys(search.nodes))
+        nodes = search.nodes
+        self.nodes = tuple(dict.fromkeys(nodes) if len(nodes) > 1 else nodes)
         self.program = program
         self.facts = {}
 

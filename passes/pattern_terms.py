@@ -244,6 +244,8 @@ class AnyOf(Pattern):
 
 def same_constant(left: Any, right: Any) -> bool:
     """Compare Python constants by value; bool differs from number, list equals tuple."""
+    if left.__class__ is int and right.__class__ is int:
+        return bool(left == right)
     if isinstance(left, Node) or isinstance(right, Node):
         return left is right
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
@@ -255,7 +257,7 @@ def same_constant(left: Any, right: Any) -> bool:
 
 def _holds_node(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return any(_holds_node(each) for each in value)
+        return any(map(_holds_node, value))
     return isinstance(value, Node)
 
 

@@ -125,7 +125,8 @@ class WorkingProgram:
             outer = self.constant(node.args[0]) if is_call(node, INNER_TENSOR) else None
             return None if outer is None else getattr(outer, node.args[1])
         target = self._target(node)
-        return self._state[target] if target in self._state else self._constants.get(target)
+        found = self._state.get(target)
+        return self._constants.get(target) if found is None else found
 
     def required_constant(self, node: Any) -> torch.Tensor:
         """Return the tensor behind a constant. Raises ProgramError if it is none."""

@@ -31,7 +31,7 @@ class GroupedWeight:
     """A matrix ``[rows, columns]`` of small integers with a scale and zero point a group.
 
     ``values``, ``scales`` and ``zeros`` are the constants' placeholders (``zeros`` None for all
-    zero); ``low`` and ``high`` bound the values as stored.
+    zero); ``low`` and ``high`` bound the values as stored, which are ``offset`` above the signed ones.
     """
 
     program: WorkingProgram
@@ -43,22 +43,23 @@ class GroupedWeight:
     group_size: int
     low: int
     high: int
+    offset: int
 
     @property
     def fits_int4(self) -> bool:
         """Whether the values fit into four bits, signed or not."""
-        return self.high - self._offset <= 7 and self.low - self._offset >= -8
+        return self.high - self.offset <= 7 and self.low - self.offset >= -8
 
     @property
     def is_unsigned(self) -> bool:
         """Whether the values are stored unsigned."""
-        return bool(self._offset)
+        return bool(self.offset)
 
     @property
     def has_zeros(self) -> bool:
         """Whether any zero point differs from 0."""
-        if self._offset or self.zeros is None:
-            return bool(self._offset)
+        if self.offset or self.zeros is None:
+            return bool(self.offset)
         return bool(self._tensor(self.zeros).any())
 
     def packed(self) -> Node:
@@ -84,17 +85,13 @@ class GroupedWeight:
         """Return the zero points ``[rows, groups]``: int8, or float32 if they are not whole."""
         if self.zeros is not None:
             whole = is_whole(self._tensor(self.zeros))
-            return self._grouped(self.zeros, torch.int8 if whole else torch.float32, self._offset)
-        shape, value = self._group_shape, -self._offset
+            return self._grouped(self.zeros, torch.int8 if whole else torch.float32, self.offset)
+        shape, value = self._group_shape, -self.offset
         return self.program.derive_constant(
             ("zeros", shape, value),
             f"zeros_{shape[0]}_{shape[1]}",
             lambda: torch.full(shape, value, dtype=torch.int8),
         )
-
-    @property
-    def _offset(self) -> int:
-        return _UNSIGNED_OFFSET if self._tensor(self.values).dtype == torch.uint8 else 0
 
     @property
     def _group_shape(self) -> tuple[int, int]:
@@ -107,8 +104,8 @@ class GroupedWeight:
 
     def _pack(self) -> torch.Tensor:
         values = self._tensor(self.values)
-        if self._offset:
-            values = (values.to(torch.int16) - self._offset).to(torch.int8)
+        if self.offset:
+            values = (values.to(torch.int16) - self.offset).to(torch.int8)
         return pack_int4(values)
 
     def _grouped(self, node: Node, dtype: torch.dtype, offset: int) -> Node:
@@ -148,7 +145,8 @@ def read_grouped_weight(program: WorkingProgram, dequantize: Node) -> GroupedWei
     if refusal is not None:
         return refusal
     low, high = (int(bound) for bound in tensor.aminmax()) if tensor.numel() else (0, 0)
-    return GroupedWeight(program, values, scales, zeros, rows, columns, group, low, high)
+    offset = _UNSIGNED_OFFSET if tensor.dtype == torch.uint8 else 0
+    return GroupedWeight(program, values, scales, zeros, rows, columns, group, low, high, offset)
 
 
 def check_int4(weight: GroupedWeight, dtype: torch.dtype) -> Refusal | None:

@@ -86,7 +86,7 @@ class Rewriter:
     def apply(self, program: WorkingProgram) -> RewriteLog:
         """Rewrite ``program`` wherever a rule accepts, and say what was done."""
         log = RewriteLog({compiled.rule.name: RuleCount() for compiled in self.rules})
-        mutations = program.find_mutations()
+        mutations = program.find_mutations() or None
         by_target = self._by_target
         for node in list(program.graph.nodes):
             if node.op == "call_function" and not node._erased:
@@ -103,7 +103,7 @@ class Rewriter:
         return rules
 
     def _settle(
-        self, node: Node, program: WorkingProgram, mutations: MutationTable, log: RewriteLog
+        self, node: Node, program: WorkingProgram, mutations: MutationTable | None, log: RewriteLog
     ) -> None:
         """Apply rules at ``node``, then at what they put there, until none accepts."""
         pending, rewrites = [node], 0
@@ -118,10 +118,11 @@ class Rewriter:
                     f"rules do not settle at node={current.name}: "
                     f"the last was {log.replacements[-1].rule}, expected a rewrite that ends"
                 )
-            pending.extend(reversed(created or []))
+            if created:
+                pending.extend(each for each in reversed(created) if self._rules_at(each))
 
     def _rewrite_at(
-        self, node: Node, program: WorkingProgram, mutations: MutationTable, log: RewriteLog
+        self, node: Node, program: WorkingProgram, mutations: MutationTable | None, log: RewriteLog
     ) -> list[Node] | None:
         """Apply the first rule that accepts at ``node``; return the nodes it made, or None."""
         for compiled in self._rules_at(node):
@@ -131,7 +132,8 @@ class Rewriter:
             if isinstance(match, NearMiss):
                 log.near_misses.append(match)
                 continue
-            refusal = _crosses_write(match, mutations) or compiled.rule.check(match)
+            crossing = None if mutations is None else _crosses_write(match, mutations)
+            refusal = crossing or compiled.rule.check(match)
             if refusal is not None:
                 count.refused += 1
                 log.refusals.append(RefusedMatch(compiled.rule.name, node, refusal))
@@ -169,8 +171,6 @@ def _erase_dead(nodes: Sequence[Node]) -> None:
 
 def _crosses_write(match: Match, mutations: MutationTable) -> Refusal | None:
     """Refuse a match that would read a buffer after the program has changed it."""
-    if not mutations:
-        return None
     for node in match.nodes:
         for source in node.all_input_nodes:
             if mutations.is_changed(source):

@@ -9,7 +9,7 @@ from torch.fx import Node
 from edgepass.passes.graph_pass import GraphPass, Order
 from edgepass.passes.program import WorkingProgram
 from edgepass.passes.rewriter import Replacement, RewriteLog, RuleCount
-from edgepass.passes.targets import is_call, is_getitem, operator_name
+from edgepass.passes.targets import is_call, operator_name
 
 _PURE = {
     *("torchao.choose_qparams_affine", "torchao.quantize_affine", "torchao.dequantize_affine"),
@@ -68,9 +68,10 @@ class ShareActivationQuantization(GraphPass):
 
 
 def _is_quantization(node: Node) -> bool:
-    if is_getitem(node):
-        return is_call(node.args[0], *_PURE)
-    return node.op == "call_function" and operator_name(node.target) in _PURE
+    if node.op != "call_function":
+        return False
+    name = operator_name(node.target)
+    return is_call(node.args[0], *_PURE) if name == "operator.getitem" else name in _PURE
 
 
 def _twin(node: Node, others: list[Node]) -> Node | None:
@@ -85,6 +86,8 @@ def _same(left: Any, right: Any) -> bool:
     """Compare arguments by value and type: 1, 1.0 and True are not one argument."""
     if type(left) is not type(right):
         return False
+    if isinstance(left, Node):
+        return left is right
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     if isinstance(left, (list, tuple)):

@@ -45,7 +45,7 @@ class Search:
     def run(self, root: Pattern, anchor: Node) -> bool:
         """Match ``root`` at ``anchor``; on False, ``misses`` are the deepest failures."""
         goals: Any = (root, anchor, None, ())
-        while goals != ():
+        while goals:
             pattern, value, owner, rest = goals
             goals = pattern.advance(self, value, owner, rest)
             while goals is None:

@@ -268,7 +268,7 @@ class WorkingProgram:
             tensor = self.constant(node)
             if tensor is None or node in mutable or type(tensor) not in _PLAIN:
                 continue
-            if tensor.element_size() not in _INTEGERS or tensor.device.type != "cpu":
+            if tensor.element_size() not in _INTEGERS or not tensor.is_cpu:
                 continue
             twins = kept.setdefault(_fingerprint(tensor), [])
             twin = next((first for first, other in twins if _same_bits(other, tensor)), None)
@@ -338,7 +338,7 @@ def _fingerprint(tensor: torch.Tensor) -> Hashable:
     """Return a cheap key that equal tensors share: form, and 64 values spread over the data."""
     data = _bits(tensor).numpy().ravel()
     sample = data[:: max(1, data.size // 64)]
-    return (tensor.dtype, tuple(tensor.shape), sample.tobytes())
+    return (tensor.dtype, tensor.shape, sample.tobytes())
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

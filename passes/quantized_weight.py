@@ -31,7 +31,7 @@ class GroupedWeight:
     """A matrix ``[rows, columns]`` of small integers with a scale and zero point a group.
 
     ``values``, ``scales`` and ``zeros`` are the constants' placeholders (``zeros`` None for all
-    zero); ``low`` and ``high`` bound the values as stored, which are ``offset`` above the signed ones.
+    zero); ``low`` and ``high`` bound the values as stored, ``offset`` above the signed ones.
     """
 
     program: WorkingProgram

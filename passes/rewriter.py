@@ -166,7 +166,9 @@ def _erase_dead(nodes: Sequence[Node]) -> None:
             continue
         inputs = node.all_input_nodes
         node.graph.erase_node(node)
-        pending.extend(each for each in inputs if not each.users and each in nodes)
+        for each in inputs:
+            if not each.users and each in nodes:
+                pending.append(each)
 
 
 def _crosses_write(match: Match, mutations: MutationTable) -> Refusal | None:

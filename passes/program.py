@@ -96,7 +96,7 @@ class WorkingProgram:
 
     def is_constant(self, node: Node) -> bool:
         """Tell whether ``node`` is a parameter, buffer or lifted tensor constant."""
-        spec = self._inputs.get(node) if node.op == "placeholder" else None
+        spec = self._inputs.get(node)  # has placeholders only
         return spec is not None and spec.kind in _CONSTANT_KINDS
 
     def qualified_name(self, node: Node) -> str | None:
@@ -121,9 +121,11 @@ class WorkingProgram:
         """
         if not isinstance(node, Node):
             return None
-        if not self.is_constant(node):
+        if node.op != "placeholder":
             outer = self.constant(node.args[0]) if is_call(node, INNER_TENSOR) else None
             return None if outer is None else getattr(outer, node.args[1])
+        if not self.is_constant(node):
+            return None
         target = self._target(node)
         found = self._state.get(target)
         return self._constants.get(target) if found is None else found

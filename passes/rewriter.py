@@ -126,17 +126,17 @@ class Rewriter:
     ) -> list[Node] | None:
         """Apply the first rule that accepts at ``node``; return the nodes it made, or None."""
         for compiled in self._rules_at(node):
-            count = log.counts[compiled.rule.name]
+            count = log.counts[compiled.name]
             count.tried += 1
             match = compiled.match(node, program)
-            if isinstance(match, NearMiss):
+            if match.__class__ is NearMiss:
                 log.near_misses.append(match)
                 continue
             crossing = None if mutations is None else _crosses_write(match, mutations)
             refusal = crossing or compiled.rule.check(match)
             if refusal is not None:
                 count.refused += 1
-                log.refusals.append(RefusedMatch(compiled.rule.name, node, refusal))
+                log.refusals.append(RefusedMatch(compiled.name, node, refusal))
                 continue
             count.applied += 1
             return _replace(compiled.rule, match, log)

@@ -44,6 +44,7 @@ class CompiledRule:
 
     def __init__(self, rule: RewriteRule) -> None:
         self.rule = rule
+        self.name = rule.name
         self.root = build_pattern(rule.pattern)
         self.anchors = anchor_names(self.root)
         names = bound_names(self.root)

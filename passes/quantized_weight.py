@@ -23,6 +23,7 @@ DEQUANTIZE_WEIGHT = (
     | quantized_decomposed.dequantize_per_channel_group
     | quantized_decomposed.dequantize_per_channel
 )
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 _UNSIGNED_OFFSET = 8  # uint4 values 0..15 are stored as -8..7, their zero points go with them
 
 
@@ -218,7 +219,9 @@ def _check_encodings(
     zero = program.constant(zeros)
     if zero is None or not zero.numel():
         return None
-    low, high = (bound.item() for bound in zero.aminmax())
+    # Of the unsigned dtypes, aminmax knows uint8 only.
+    comparable = zero.double() if zero.dtype in _WIDE_UNSIGNED else zero
+    low, high = (bound.item() for bound in comparable.aminmax())
     if low == high == 0:
         return None
     if not math.isfinite(low) or not math.isfinite(high):

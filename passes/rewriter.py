@@ -129,7 +129,7 @@ class Rewriter:
             count = log.counts[compiled.name]
             count.tried += 1
             match = compiled.match(node, program)
-            if match.__class__ is NearMiss:
+            if isinstance(match, NearMiss):
                 log.near_misses.append(match)
                 continue
             crossing = None if mutations is None else _crosses_write(match, mutations)

@@ -44,8 +44,6 @@ def same_layout(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def is_same_kind(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Tell whether dtype, device and shape are known to be equal."""
-    if left.dtype != right.dtype or left.dim() != right.dim():
+    if left.dtype != right.dtype or not same_sizes(left.shape, right.shape):
         return False
-    if left.device != right.device or left.layout != right.layout:
-        return False
-    return same_sizes(left.shape, right.shape)
+    return left.device == right.device and left.layout == right.layout

@@ -88,8 +88,8 @@ def _same(left: Any, right: Any) -> bool:
         return False
     if isinstance(left, Node):
         return left is right
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     return bool(left == right)

@@ -78,6 +78,25 @@ def test_new_nodes_carry_the_metadata_and_the_rule() -> None:
     assert new.meta["val"].shape == X.shape
 
 
+class SinWithKeywords(SinOfExp):
+    """A replacement that is called with a keyword."""
+
+    name = "sin-with-keywords"
+
+    def rewrite(self, match, editor):
+        return editor.call(torch.ops.aten.clone, match.x, memory_format=torch.contiguous_format)
+
+
+def test_new_nodes_are_users_of_their_inputs_and_found_by_target() -> None:
+    program, _ = rewrite(SinWithKeywords(), lambda a: a.exp().sin(), X)
+    target = torch.ops.aten.clone.default
+    (new,) = program.graph.find_nodes(op="call_function", target=target)
+    (source,) = program.user_inputs
+    assert list(source.users) == [new]
+    assert new.kwargs == {"memory_format": torch.contiguous_format}
+    assert torch.equal(program.to_exported().module()(X), X)
+
+
 def test_a_second_run_changes_nothing() -> None:
     program, _ = rewrite(SinOfExp(), lambda a: a.exp().sin(), X)
     before = str(program.graph)

@@ -135,6 +135,6 @@ def print_allocation(result: dict[str, Any], folder: Path) -> None:
     print(
         f"{result['bytes'] / 1e6:.2f} MB of weights for {result['backend']}, "
         f"{result['bits_per_weight']:.3f} bits a weight, perplexity about "
-        f"{result['perplexity_increase']:+.1%}, summed KL {result['kl']:.4g} nats a token, least "
-        f"{_NAMES[result['by']]} to {result['gap']:.2g} of it: {folder / RECIPE}"
+        f"{result['perplexity_increase']:+.1%}, summed KL {result['kl']:.4g} nats a token, "
+        f"within {result['gap']:.2g} of the least {_NAMES[result['by']]}: {folder / RECIPE}"
     )

@@ -117,6 +117,8 @@ class GroupedWeight:
 
         def regroup() -> torch.Tensor:
             spread = tensor.expand(shape) if tensor.numel() == 1 else tensor.reshape(shape)
+            if spread.dtype in _WIDE_UNSIGNED:
+                spread = spread.to(torch.int64)  # torch does not subtract from these
             return (spread - offset if offset else spread).to(dtype).contiguous()
 
         return self._derived(("groups", dtype, shape, offset), node, regroup)
@@ -219,7 +221,7 @@ def _check_encodings(
     zero = program.constant(zeros)
     if zero is None or not zero.numel():
         return None
-    # Of the unsigned dtypes, aminmax knows uint8 only.
+    # torch finds no bounds of these.
     comparable = zero.double() if zero.dtype in _WIDE_UNSIGNED else zero
     low, high = (bound.item() for bound in comparable.aminmax())
     if low == high == 0:

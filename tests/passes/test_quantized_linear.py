@@ -130,6 +130,20 @@ def test_zero_points_that_are_not_finite_are_refused() -> None:
     assert not row.fused and "not finite" in row.reason
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
+def test_zero_points_of_wide_unsigned_dtypes(dtype: torch.dtype) -> None:
+    module, x = QuantizedLinear(Form(low=0, high=15, asymmetric=True)), torch.randn(3, 32)
+    wanted = reference(module, x)
+    module.zeros = module.zeros.to(dtype)
+    program, _ = fuse(module, x)
+    assert count(program, HUB) == 1
+    assert sqnr_db(wanted, program.to_exported().module()(x)) >= 110.0
+    module.zeros = torch.full_like(module.zeros, 300)
+    program, _ = fuse(module, x)
+    (row,) = explain_linears(program)
+    assert not row.fused and "are no int8 (300..300)" in row.reason
+
+
 def test_unsigned_values_are_shifted_with_their_zero_points() -> None:
     form = Form(low=0, high=15, asymmetric=True)
     module, x = QuantizedLinear(form), torch.randn(3, 32)

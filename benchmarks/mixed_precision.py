@@ -5,10 +5,10 @@
 
 Beside edgepass's allocation, at the same budget and on the same text (which must not be the one
 that was analysed): the uniform recipe of the nearest size; a fixed rule as the stock sensitivity
-analyzer has (8 bits below 10 dB, the budget left over given to those next above); a greedy choice
-by the same scores. Every contestant's weights are rounded by one algorithm, then computed in
-float32 with 8-bit activations a token. "loss" is the part of the uniform 4-bit recipe's loss in
-nats against float.
+analyzer has (8 bits below 10 dB, the budget left over given to those next above); two greedy
+choices by the same scores, the most sensitive site first and the best step a byte first. Every
+contestant's weights are rounded by one algorithm, then computed in float32 with 8-bit activations a
+token. "loss" is the part of the uniform 4-bit recipe's loss in nats against float.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from computed import compute_in_float
 
 from edgepass.calibration.allocated_recipe import allocated_recipe
 from edgepass.calibration.allocation import Allocation, AllocationProblem, Cost, Option
-from edgepass.calibration.analysis import Analysis, read_analysis
+from edgepass.calibration.analysis import Analysis, Candidate, read_analysis
 from edgepass.calibration.recipe_sections import Backend
 from edgepass.calibration.recipes import quantize_model
 from edgepass.calibration.weight_rounding import NEED_STATISTICS
@@ -57,18 +57,31 @@ def greedy(problem: AllocationProblem, budget: int) -> Allocation:
 
 
 def by_threshold(problem: AllocationProblem, budget: int) -> Allocation:
-    """4 bits by groups of 32, and 8 bits for the sites of the least SQNR while they fit."""
+    """8 bits for the sites of the least SQNR while they fit, below 10 dB in any case."""
+    return _upgraded(problem, budget, lambda c: c.sqnr_db, _THRESHOLD_DB)
+
+
+def most_sensitive_first(problem: AllocationProblem, budget: int) -> Allocation:
+    """8 bits for the sites of the greatest cost while they fit."""
+    loss = problem.cost == "loss"
+    return _upgraded(problem, budget, lambda c: -(c.text_loss if loss else c.best_kl), -math.inf)
+
+
+def _upgraded(
+    problem: AllocationProblem, budget: int, rank: Callable[[Candidate], float], always: float
+) -> Allocation:
+    """4 bits by groups of 32, and 8 bits in the order of ``rank``: if it fits or is below."""
     fine, coarse = problem.uniform("int8-channel"), problem.uniform("int4-g32")
     if fine is None or coarse is None:
         raise SystemExit("the rule needs int4-g32 and int8-channel candidates of every site")
     names = [tuple(site.name for site in group.sites) for group in problem.groups]
-    worst = [min(coarse.choice[name].sqnr_db for name in each) for each in names]
+    ranks = [min(rank(coarse.choice[name]) for name in each) for each in names]
     chosen = [_option(problem, coarse, each) for each in names]
     left = budget - sum(option.bytes for option in chosen)
-    for index in sorted(range(len(names)), key=lambda i: worst[i]):
+    for index in sorted(range(len(names)), key=lambda i: ranks[i]):
         better = _option(problem, fine, names[index])
         more = better.bytes - chosen[index].bytes
-        if worst[index] < _THRESHOLD_DB or more <= left:
+        if ranks[index] < always or more <= left:
             chosen[index], left = better, left - more
     return problem.allocation(chosen, math.nan)
 
@@ -95,7 +108,8 @@ def contestants(
     if nearest.bytes != base.bytes:
         yield f"uniform nearest ({next(iter(nearest.choice.values())).label})", nearest
     yield "10 dB rule", by_threshold(problem, budget)
-    yield "greedy, same scores", greedy(problem, budget)
+    yield "greedy, the most sensitive first", most_sensitive_first(problem, budget)
+    yield "greedy, the best step a byte first", greedy(problem, budget)
     yield "edgepass", problem.within_bytes(budget)
     yield "edgepass, bytes of uniform", problem.within_bytes(base.bytes)
     by_kl = AllocationProblem(analysis, backend, by="kl")

@@ -84,8 +84,8 @@ class Allocation:
 
     @property
     def perplexity_increase(self) -> float:
-        """The part by which the perplexity grows: by the loss, else as if by the divergence."""
-        return math.expm1(self.kl if self.loss is None else self.loss)
+        """The part by which the perplexity grows, if it grows by what was made least."""
+        return math.expm1(self.kl if self.loss is None or self.cost == "kl" else self.loss)
 
 
 class AllocationProblem:
@@ -263,8 +263,8 @@ def _chosen_cost(cost: Cost | None, sloped: bool) -> Cost:
         raise InvalidArgumentError(f"got by={cost!r}, accepted are {', '.join(COSTS)}")
     if cost == "loss" and not sloped:
         raise InvalidArgumentError(
-            "got by='loss', an analysis without the loss's slopes; accepted are by='kl' and "
-            "a new edgepass analyze"
+            "got by='loss' for an analysis without the loss's slopes; accepted are by='kl' and "
+            "an analysis that has them"
         )
     return cost or ("loss" if sloped else "kl")
 

@@ -189,7 +189,7 @@ class _Kept:
     def __init__(self, options: AnalysisRun, identity: dict[str, str]) -> None:
         self.rows: list[Tensor] = []
         self.exact: list[float] = []
-        self.sites = options.exact
+        self.exact_sites = options.exact
         self.threads = options.workers.agree(torch.get_num_threads())
         self.file: Checkpoint | None = None
         if options.checkpoint is None:
@@ -202,14 +202,14 @@ class _Kept:
             tensors, facts = saved
             self.rows = list(tensors["rows"])
             # Rows serve any number of exact sites; which site an exact value is of depends on it.
-            self.exact = tensors["exact"].tolist() if facts["exact"] == self.sites else []
+            self.exact = tensors["exact"].tolist() if facts["exact"] == self.exact_sites else []
             self.threads = int(facts["threads"])
 
     def save(self) -> None:
         if self.file is not None:
             exact = torch.tensor(self.exact, dtype=torch.float64)
             state = {"rows": torch.stack(self.rows), "exact": exact}
-            self.file.save_if_due(state, {"threads": self.threads, "exact": self.sites})
+            self.file.save_if_due(state, {"threads": self.threads, "exact": self.exact_sites})
 
 
 def _most_sensitive(

@@ -18,8 +18,8 @@ from edgepass.calibration.recipe_file import format_recipe
 from edgepass.ops.errors import LibraryError
 
 RECIPE, RESULT = "recipe.yaml", "allocation.json"
-_NAMES = {"loss": "loss", "kl": "KL"}
 PAGE, QNN_RECIPE = "allocation.html", "qnn_recipe.py"
+_NAMES = {"loss": "loss", "kl": "KL"}
 
 
 def allocate_command(

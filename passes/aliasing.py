@@ -81,11 +81,8 @@ class MutationTable:
         self._root: dict[Node, Node] = {}
         self._writes: dict[Node, list[Node]] = {}
         for node in graph.nodes:
-            if node.op != "call_function":
-                continue
-            aliasing = _ALIASING.get(id(node.target)) or _aliasing(node.target)
-            if aliasing.written:
-                for each in _operands(node, aliasing.written):
+            if node.op == "call_function" and (written := _aliasing(node.target).written):
+                for each in _operands(node, written):
                     self._writes.setdefault(self.root(each), []).append(node)
 
     def __bool__(self) -> bool:

@@ -87,12 +87,9 @@ class Rewriter:
         """Rewrite ``program`` wherever a rule accepts, and say what was done."""
         log = RewriteLog({compiled.rule.name: RuleCount() for compiled in self.rules})
         mutations = program.find_mutations() or None
-        by_target = self._by_target
         for node in list(program.graph.nodes):
-            if node.op == "call_function" and not node._erased:
-                rules = by_target.get(id(node.target))
-                if self._rules_at(node) if rules is None else rules:
-                    self._settle(node, program, mutations, log)
+            if node.op == "call_function" and not node._erased and self._rules_at(node):
+                self._settle(node, program, mutations, log)
         return log
 
     def _rules_at(self, node: Node) -> list[CompiledRule]:

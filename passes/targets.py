@@ -107,7 +107,7 @@ def argument(node: Node, name: str) -> Any:
 
     Raises KeyError if the operator of ``node`` has no parameter of that name.
     """
-    info, given = _KNOWN.get(id(node.target)) or _info(node.target), node.args
+    info, given = _info(node.target), node.args
     position = info.positions[name]
     if position < len(given):
         return given[position]

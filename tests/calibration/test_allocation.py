@@ -98,6 +98,11 @@ def test_the_loss_is_made_least_unless_the_divergence_is_asked_for() -> None:
     assert first.loss < second.loss
     assert second.kl < first.kl
     assert first.perplexity_increase == pytest.approx(math.expm1(first.loss))
+    # A limit of the perplexity is one of what is made least: what is said keeps to it.
+    for problem in (by_loss, by_kl):
+        most = (problem.least_cost + problem.within_bytes(problem.smallest).kl) / 2
+        assert problem.within_cost(most).perplexity_increase <= math.expm1(most)
+    assert second.perplexity_increase == pytest.approx(math.expm1(second.kl))
     with pytest.raises(InvalidArgumentError, match="accepted are by='kl'"):
         AllocationProblem(analysis(5), "xnnpack", (), "loss")
     with pytest.raises(InvalidArgumentError, match="accepted are loss, kl"):

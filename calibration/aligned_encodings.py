@@ -40,6 +40,8 @@ def align_conversions(module: GraphModule) -> int:
     for value, targets in wanted.items():
         if targets and all(targets[0].difference(each) == 0 for each in targets):
             count += _refine(module, value, targets[0])
+    if count:
+        module.recompile()
     return count
 
 

@@ -44,6 +44,15 @@ def test_it_costs_no_accuracy() -> None:
         assert sqnr_db(reference, new) > sqnr_db(reference, old) - 0.5
 
 
+def test_the_compiled_code_follows_the_graph() -> None:
+    source, _, _, _ = chunk_and_step()
+    before = source.code
+    align_conversions(source)
+    after = source.code
+    source.recompile()
+    assert before != after == source.code
+
+
 class TwoWidths(Chunk):
     """Values that no 8-bit encoding follows."""
 

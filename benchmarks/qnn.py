@@ -8,7 +8,8 @@
 ``calibration``: one pass over the chunk against the loop over an AR-1 graph, same tokens, same
 observers, CPU and wall seconds, in turn. ``accuracy``: a decode of 64 steps behind the chunk's rows
 and behind an AR-N prefill, with encodings of the chunk and with the AR-1 graph's own, against the
-float model; the simulator against the fake-quantized graph. ``whole``: all layers lowered once,
+float model (with ``--float64-sums`` without the rounding errors of sums, which differ between one
+token and many); the simulator against the fake-quantized graph. ``whole``: all layers lowered once,
 tokens generated in the simulator. ``perplexity``: of the fake-quantized chunk graph and of the
 float model; nothing is lowered.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 from edgepass.calibration.observe import observe
 from edgepass.models.cache_decoder import CacheIoDecoder, DecoderForm, export_form
 from edgepass.models.load import load_model
+from edgepass.ops.float64_sums import Float64Sums
 from edgepass.passes.quantized_values import read_encodings
 from edgepass.passes.verification import signal_to_noise_db
 from edgepass.perplexity import of_model, perplexity, read_tokens
@@ -48,6 +51,9 @@ def main() -> None:
     parser.add_argument("--calibrated", type=int, default=2048, help="perplexity: those behind")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--no-device", action="store_true", help="accuracy: do not lower")
+    parser.add_argument(
+        "--float64-sums", action="store_true", help="accuracy: sum without rounding"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/qnn"))
     options = parser.parse_args()
     torch.set_num_threads(2)
@@ -150,7 +156,7 @@ def accuracy(options: Any) -> dict[str, Any]:
     found = quantize_decoder(decoder, quantization, [tokens], options.chunk)
     form, start = found.forms[DECODE_METHOD], len(tokens) - 64
     own = quantization.prepare(export_form(form))
-    with torch.no_grad():
+    with torch.no_grad(), Float64Sums() if options.float64_sums else nullcontext():
         exact = model(tokens[None]).logits[0, start:]
         whole = found.chunk_graph(*found.chunk.inputs(tokens))
         step_by_step(form, own, tokens, form.empty_caches(), 0)

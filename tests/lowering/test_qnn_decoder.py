@@ -11,6 +11,7 @@ from edgepass.calibration.recipe_file import parse_recipe
 from edgepass.calibration.recipe_observers import MovingAverage, Mse, Percentile
 from edgepass.calibration.recipe_presets import PRESETS
 from edgepass.ops.errors import EncodingError, InvalidArgumentError
+from edgepass.ops.float64_sums import Float64Sums
 from tests.lowering.qnn_programs import (
     CHUNK,
     CONTEXT,
@@ -47,6 +48,16 @@ def test_prefill_and_decode_chained_equal_the_chunk(family, recipe) -> None:
     # Step by step within 1 dB of the chunk, against the float model.
     assert abs(sqnr_db(exact, steps) - sqnr_db(exact, whole)) < 1
     assert sqnr_db(exact, whole) > 8
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("recipe", ["16a8w", "16a4w_block", "8a8w"])
+def test_without_rounding_errors_of_sums_chained_steps_are_the_chunk(family, recipe) -> None:
+    found, text = quantized(family, recipe, layers=2), tokens(seed=1)
+    with torch.no_grad(), Float64Sums():
+        whole = found.chunk_graph(*found.chunk.inputs(text))[0][0, : CONTEXT - 1]
+        steps = chained(found, text)
+    assert torch.equal(steps, whole)
 
 
 def test_the_caches_are_eight_bits_for_linears_and_convolutions() -> None:

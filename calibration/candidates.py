@@ -14,9 +14,9 @@ from edgepass.calibration.sites import SitePlace
 
 # Columns that share a scale; those that divide a row are tried, beside the recipe's own.
 GROUP_SIZES = (16, 32, 64, 128, 192)
-# Of LPBQ blocks: HTP's simulator ends the process with blocks of 64 in rows of 576, so that only
-# those are offered that ran with every shape tried.
+# Of LPBQ blocks: those that HTP computes right however many there are, in rows of whole vectors.
 BLOCK_SIZES = (16, 32)
+_VECTOR = 32
 
 # Whether a backend holds what a module gets: ``holds(backend, module, role)``.
 Holds = Callable[[Backend, ModuleRecipe, Role], bool]
@@ -74,7 +74,7 @@ def _weight_choices(
     blocks = base.activations.kind == "static" or base.weights.granularity == "block"
     kind = "block" if blocks else "group"
     offered = BLOCK_SIZES if blocks else GROUP_SIZES
-    sizes = {size for size in offered if site.shape[1] % size == 0}
+    sizes = {size for size in offered if site.shape[1] % (_VECTOR if blocks else size) == 0}
     if base.weights.group_size is not None:
         sizes.add(base.weights.group_size)
     asked: list[dict[str, Any]] = [

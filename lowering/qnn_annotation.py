@@ -155,20 +155,24 @@ def projection_paths(module: GraphModule) -> list[str]:
 
 
 def block_sizes(
-    module: GraphModule, sizes: BlockSizes, whole: Container[str] = ()
+    module: GraphModule,
+    sizes: BlockSizes,
+    whole: Container[str] = (),
+    rows: Container[str] = (),
 ) -> dict[str, tuple]:
     """The map for ``QnnQuantizer.set_block_size_map``: linears and convolutions.
 
-    ``whole`` are the paths of those whose channels have one scale. Raises InvalidArgumentError for
-    sizes that do not divide or that name no module.
+    ``whole`` are the paths of those without blocks, ``rows`` of those with one a row. Raises
+    InvalidArgumentError for sizes that do not divide or that name no module with blocks.
     """
     nodes = [node for node in module.graph.nodes if call_name(node) in PROJECTIONS]
-    sizes.check_used(map(module_path, nodes))
+    paths = {node: module_path(node) for node in nodes if module_path(node) not in whole}
+    sizes.check_used(path for path in paths.values() if path not in rows)
     found = {}
-    for node in nodes:
-        if module_path(node) not in whole:
-            _, width, *rest = node.args[1].meta["val"].shape
-            found[node.name] = (1, sizes.of(module_path(node), width), *(1,) * len(rest))
+    for node, path in paths.items():
+        _, width, *rest = node.args[1].meta["val"].shape
+        size = int(width) if path in rows else sizes.of(path, width)
+        found[node.name] = (1, size, *(1,) * len(rest))
     return found
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from executorch.backends.qualcomm.quantizer.observers.concat_observer import ConcatObserver
 from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
     PerBlockParamObserver,
+)
+from executorch.backends.qualcomm.quantizer.observers.per_channel_param_observer import (
+    PerChannelParamObserver,
 )
 from executorch.backends.qualcomm.quantizer.quantizer import (
     ModuleQConfig,
@@ -53,6 +56,8 @@ from edgepass.passes.value_names import call_name, module_path
 # Where a decoder's form has the model, whose own paths recipes speak of.
 MODEL_PREFIX = "decoder.model"
 
+_INT16_MAX, _TWO_BYTE_MAX = 2**15 - 1, 256 * 127 + 127
+
 # The stock observers of this backend that learn of an activation its extremes alone.
 RANGE_OBSERVERS: frozenset[type] = frozenset({ConcatObserver})
 
@@ -88,7 +93,7 @@ class QnnQuantization:
         names no module, and EncodingError for weights beyond fp16.
         """
         _check_weights(program)
-        if self.recipe.blocks_anywhere:
+        if self._has_blocks(self._own_recipes(program.graph_module)):
             program = Pipeline([LinearToConv2d()]).run(program).program
         # Guards are calls of their own that would stand among an input's users.
         module: Any = program.module(check_guards=False)
@@ -107,6 +112,7 @@ class QnnQuantization:
         """
         show_all(prepared)
         _snap_observed_blocks(prepared)
+        _fit_two_byte_weights(prepared)
         converted = convert_pt2e(prepared)
         snap_block_scales(converted)
         align_conversions(converted)
@@ -135,7 +141,7 @@ class QnnQuantization:
             configs.append((_is_no_projection, _sixteen_bits(observer)))
         quantizer.set_submodule_qconfig_list(configs)
         custom: list[Callable[[GraphModule], None]] = []
-        if self.recipe.blocks_anywhere:
+        if self._has_blocks(own):
             sizes = self._block_sizes(module, own)
             quantizer.set_block_size_map(sizes)
             custom.append(own_block_sizes(sizes))
@@ -150,10 +156,13 @@ class QnnQuantization:
         """The paths of the projections that get another recipe than the default, by recipe."""
         own: dict[QnnRecipe, set[str]] = {}
         for path in projection_paths(module):
-            recipe = qnn_recipe(self._of(path))
+            recipe = replace(qnn_recipe(self._of(path)), asked=self.recipe.asked)
             if recipe != self.recipe:
                 own.setdefault(recipe, set()).add(path)
         return own
+
+    def _has_blocks(self, own: Mapping[QnnRecipe, set[str]]) -> bool:
+        return any(each.blocks or each.rows_as_blocks for each in (self.recipe, *own))
 
     def _of(self, path: str) -> ModuleRecipe:
         name = path.removeprefix(f"{MODEL_PREFIX}.")
@@ -164,18 +173,19 @@ class QnnQuantization:
         self, module: GraphModule, own: Mapping[QnnRecipe, set[str]]
     ) -> dict[str, tuple]:
         """The blocks of each projection that has some: asked for here, else by the recipe."""
-        whole = {path for recipe, paths in own.items() if not recipe.blocks for path in paths}
-        if not self.recipe.blocks:
-            whole |= set(projection_paths(module)) - {p for paths in own.values() for p in paths}
+        rest = set(projection_paths(module)).difference(*own.values())
+        places = [*own.items(), (self.recipe, rest)]
+        rows = {path for recipe, paths in places if recipe.rows_as_blocks for path in paths}
+        whole = {path for recipe, paths in places if not recipe.blocks for path in paths} - rows
         default = self.recipe.block_size
         found = {path: self._of(path).weights.group_size for path in projection_paths(module)}
         others = {
             path: size
             for path, size in found.items()
-            if size and size != default and path not in whole
+            if size and size != default and path not in whole | rows
         }
         sizes = BlockSizes(self.block_size or default, {**others, **self.layer_block_sizes})
-        return block_sizes(module, sizes, whole)
+        return block_sizes(module, sizes, whole, rows)
 
 
 def _snap_observed_blocks(prepared: GraphModule) -> None:
@@ -183,10 +193,20 @@ def _snap_observed_blocks(prepared: GraphModule) -> None:
     for observer in prepared.modules():
         if isinstance(observer, PerBlockParamObserver):
             scale, _ = observer.calculate_qparams()
+            if scale.numel() == scale.shape[0]:
+                continue  # one block a row: its scale is 16 of the channel's steps, exactly
             channel, steps = split_block_scales(scale.reshape(scale.shape[0], -1))
             ends = (channel[:, None] * steps).reshape(scale.shape) * observer.quant_max
             observer.min_val.copy_(-ends.reshape(observer.min_val.shape))
             observer.max_val.copy_(ends.reshape(observer.max_val.shape))
+
+
+def _fit_two_byte_weights(prepared: GraphModule) -> None:
+    """Let 16-bit weights end at 32,639: HTP multiplies by two signed bytes, 256 * 127 + 127."""
+    for observer in prepared.modules():
+        if isinstance(observer, PerChannelParamObserver) and observer.quant_max == _INT16_MAX:
+            for end in (observer.min_val, observer.max_val):
+                end.mul_(_INT16_MAX / _TWO_BYTE_MAX)
 
 
 def _is_no_projection(node: Node) -> bool:

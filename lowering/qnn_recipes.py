@@ -26,8 +26,7 @@ class QnnRecipe:
     8-bit activations only the linears compute in 8 bits: HTP's norms and softmax of 8 bits are off
     by whole steps (13 dB for the logits of one layer), so these and what is between them have 16.
     ``observer`` finds the ranges of activations; caches and what is between the linears take the
-    default's. ``asked`` is the recipe that this is the default of: it may ask for others for some
-    modules.
+    default's. ``asked`` is the recipe that this is part of: it may ask for others for some modules.
     """
 
     name: str
@@ -45,10 +44,15 @@ class QnnRecipe:
         return 8 if self.asked.kv_bits is None else self.asked.kv_bits
 
     @property
-    def blocks_anywhere(self) -> bool:
-        """Whether any module's weights may have blocks."""
-        sections = (self.asked.head, *self.asked.overrides)
-        return self.blocks or any(each.weights.granularity == "block" for each in sections)
+    def rows_as_blocks(self) -> bool:
+        """Whether each row of weights is one LPBQ block, the same numbers in another form.
+
+        HTP cuts the sums of 16-bit activations off at 256 products of steps. With 4-bit weights
+        that is 4 to 12 steps of the output, 54 to 63 dB; LPBQ weights are 8 bits inside, which
+        leaves a sixteenth of it. Block observers do not train, so that training has rows as such.
+        """
+        form = (self.activation_bits, self.weight_bits, self.blocks)
+        return form == (16, 4, False) and not self.asked.qat
 
     @property
     def block_size(self) -> int:
@@ -59,7 +63,7 @@ class QnnRecipe:
         """The member of the stock backend's ``QuantDtype``."""
         from executorch.backends.qualcomm.quantizer.quantizer import QuantDtype
 
-        return QuantDtype[f"use_{self.name}"]
+        return QuantDtype[f"use_{self.name}{'_block' if self.rows_as_blocks else ''}"]
 
 
 def qnn_recipe(module: ModuleRecipe) -> QnnRecipe:

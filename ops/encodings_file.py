@@ -205,8 +205,10 @@ def _block_encoding(
             f"{name}: got {len(counts)} values of per_block_int_scale for {len(scale)} channels, "
             f"accepted are whole numbers from 1 to {BLOCK_SCALE_STEPS}, as many for each channel"
         )
-    scale = scale[:, None] * torch.tensor(counts).reshape(len(scale), -1)
     block = _whole(name, entry, "block_size")
+    if len(counts) == len(scale):  # one block a row is a scale a channel
+        return Encoding(scale * torch.tensor(counts), zero, *limits, axis=0)
+    scale = scale[:, None] * torch.tensor(counts).reshape(len(scale), -1)
     return Encoding(scale, zero[:, None].expand_as(scale), *limits, axis=0, block=block)
 
 

@@ -177,7 +177,7 @@ def encoding_of(module: GraphModule, call: Node) -> Encoding:
         scale, zero = (_tensor(module, each) for each in args[1:3])
         return Encoding(scale, zero, int(args[4]), int(args[5]), axis=int(args[3]))
     scale, zero = (_tensor(module, each) for each in args[2:4])
-    block, axis = _block(call, scale)
+    block, axis = _block(module, call, scale)
     shape = [] if axis is None else [scale.shape[axis]] if block is None else [scale.shape[0], -1]
     return Encoding(
         scale.reshape(shape),
@@ -189,13 +189,13 @@ def encoding_of(module: GraphModule, call: Node) -> Encoding:
     )
 
 
-def _block(call: Node, scale: Tensor) -> tuple[int | None, int | None]:
+def _block(module: GraphModule, call: Node, scale: Tensor) -> tuple[int | None, int | None]:
     """Block and axis of torchao's block sizes: all of a tensor, of a channel, or part of a row."""
     sizes = [int(size) for size in call.args[1]]  # type: ignore[union-attr]
     if scale.numel() == 1:
         return None, None
     many = [axis for axis, count in enumerate(scale.shape) if count > 1]
-    if len(many) == 1 and sizes[many[0]] == 1 and many[0] == 0 and sizes[1] == _row(call):
+    if len(many) == 1 and sizes[many[0]] == 1 and many[0] == 0 and sizes[1] == _row(module, call):
         return None, 0
     if sizes[0] == 1 and all(count == 1 for count in scale.shape[2:]):
         return sizes[1], 0
@@ -205,6 +205,11 @@ def _block(call: Node, scale: Tensor) -> tuple[int | None, int | None]:
     )
 
 
-def _row(call: Node) -> int:
-    value = call.args[0].meta.get("val")  # type: ignore[union-attr]
+def _row(module: GraphModule, call: Node) -> int:
+    source: Any = call.args[0]
+    if is_quantize(source):
+        source = source.args[0]
+    if source.op == "get_attr":  # folded constants have no value of their own
+        return int(attribute(module, str(source.target)).shape[1])
+    value = source.meta.get("val")
     return -1 if value is None else int(value.shape[1])

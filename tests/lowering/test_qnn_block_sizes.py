@@ -18,7 +18,7 @@ PATHS = [f"decoder.model.layers.{i}.mlp.{name}" for i in (0, 10) for name in ("u
         ({"layers.0.*": 64}, [64, 64, 32, 32]),
         ({"layers.0.*": 64, "up_proj": 16}, [16, 64, 16, 32]),
         ({"0.mlp.o_proj": 64}, [32, 64, 32, 32]),
-        ({PATHS[3]: 8}, [32, 32, 32, 8]),
+        ({PATHS[3]: 16}, [32, 32, 32, 16]),
     ],
 )
 def test_a_key_is_the_end_of_a_path_and_the_last_counts(others, sizes) -> None:
@@ -29,6 +29,25 @@ def test_a_key_is_the_end_of_a_path_and_the_last_counts(others, sizes) -> None:
 def test_a_size_that_does_not_divide_is_refused(size) -> None:
     with pytest.raises(InvalidArgumentError, match=f"got block_size={size}, which does not divide"):
         BlockSizes(32, {"up_proj": size}).of(PATHS[0], 128)
+
+
+@pytest.mark.parametrize(
+    ("width", "wrong", "accepted"),
+    [
+        (576, 64, "16, 32, 96, 192, 288, 576"),
+        (1536, 192, "16, 32, 64, 96, 128, 256, 384, 512, 768, 1536"),
+        (512, 8, "16, 32, 128, 256, 512"),
+        (288, 48, "16, 32, 96, 288"),
+        (112, 16, "112"),
+        (100, 50, "100"),
+    ],
+)
+def test_blocks_that_htp_computes_wrong_are_refused(width, wrong, accepted) -> None:
+    message = f"got block_size={wrong}, which HTP computes wrong for the {width} input features of "
+    with pytest.raises(InvalidArgumentError, match=f"{message}.*; accepted are {accepted}$"):
+        BlockSizes(wrong, {}).of(PATHS[0], width)
+    for size in map(int, accepted.split(", ")):
+        assert BlockSizes(size, {}).of(PATHS[0], width) == size
 
 
 def test_a_name_of_no_module_is_refused() -> None:

@@ -10,6 +10,7 @@ import torch
 from edgepass.calibration.recipe_file import parse_recipe
 from edgepass.calibration.recipe_observers import MovingAverage, Mse, Percentile
 from edgepass.calibration.recipe_presets import PRESETS
+from edgepass.calibration.recipe_sections import Override, Weights
 from edgepass.ops.errors import EncodingError, InvalidArgumentError
 from edgepass.ops.float64_sums import Float64Sums
 from tests.lowering.qnn_programs import (
@@ -87,7 +88,8 @@ def test_mixed_block_sizes_are_each_module_s_own() -> None:
         if encoding.block is not None
     }
     assert blocks["down_proj"] == 16 and blocks["up_proj"] == 32
-    assert blocks["q_proj"] == 64 and blocks["lm_head"] == 32
+    # One block a row is one scale a channel.
+    assert "q_proj" not in blocks and blocks["lm_head"] == 32
 
 
 MIXED = """
@@ -119,9 +121,58 @@ def test_each_module_has_the_bits_and_blocks_of_the_recipe() -> None:
     }
 
 
+FOUR_BITS = Override(modules="*.mlp.[gu]*", weights=Weights(bits=4, granularity="channel"))
+
+
+def blocks_of_rows(graph) -> dict[str, int | None]:
+    """The block that the graph has for the weights of each linear or convolution, None for none."""
+    from edgepass.passes.value_names import call_name, module_path
+
+    found: dict[str, int | None] = {}
+    for node in graph.graph.nodes:
+        if call_name(node) in ("aten.linear", "aten.conv2d"):
+            weight = node.args[1]
+            blocks = call_name(weight).endswith("_affine")
+            found[module_path(node).rpartition(".")[2]] = weight.args[1][1] if blocks else None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows"),
+    [
+        ("16a4w", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (parse_recipe(MIXED), {"down_proj"}),
+        (PRESETS["16a8w"].changed(overrides=(FOUR_BITS,)), {"gate_proj", "up_proj"}),
+        (PRESETS["8a8w"].changed(overrides=(FOUR_BITS,)), set()),
+    ],
+    ids=["16a4w", "mixed", "16a8w", "8a8w"],
+)
+def test_four_bit_rows_are_one_block_each_with_the_scale_of_a_channel(recipe, rows) -> None:
+    found = quantized("qwen3", recipe)
+    weights = {
+        name: module.weight.detach()
+        for name, module in found.decoder.model.named_modules()
+        if name.rpartition(".")[2] in rows
+    }
+    assert len(weights) == len(rows)
+    for graph in (found.chunk_graph, *found.graphs.values()):
+        blocks = blocks_of_rows(graph)
+        for name, weight in weights.items():
+            assert blocks[name.rpartition(".")[2]] == weight.shape[1]
+    for name, weight in weights.items():
+        encoding = found.encodings.parameters[f"{name}.weight"]
+        assert (encoding.bits, encoding.axis, encoding.block) == (4, 0, None)
+        torch.testing.assert_close(encoding.scale, weight.abs().amax(dim=1) / 7, rtol=1e-6, atol=0)
+
+
+def test_a_block_size_for_rows_without_blocks_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="got block_size=16 for down_proj, accepted are"):
+        quantized("qwen3", parse_recipe(MIXED), layer_block_sizes={"down_proj": 16})
+
+
 def test_a_block_size_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="got block_size=48, which does not divide the"):
-        quantized("qwen3", "16a4w_block", block_size=48)
+    with pytest.raises(InvalidArgumentError, match="got block_size=24, which does not divide the"):
+        quantized("qwen3", "16a4w_block", block_size=24)
 
 
 @pytest.mark.parametrize(("recipe", "bits"), [("16a8w", 4), ("8a8w", 16), ("fp16a8w", 8)])
@@ -211,7 +262,7 @@ def test_the_chunk_and_decode_find_equal_encodings_on_equal_tokens(family) -> No
     assert [differing[name] for name in shared if name in differing] == []
 
 
-@pytest.mark.parametrize("recipe", ["16a4w_block", "fp16a8w"])
+@pytest.mark.parametrize("recipe", ["16a4w_block", "16a4w", "fp16a8w"])
 def test_encodings_from_a_file_give_the_same_graphs(recipe, tmp_path) -> None:
     from edgepass.lowering.qnn_decoder import quantize_decoder
     from edgepass.ops.encodings_file import read_encodings_file, write_encodings_file

@@ -9,7 +9,8 @@ from edgepass.ops.errors import InvalidArgumentError
 @pytest.mark.parametrize("name", QNN_RECIPES)
 def test_each_recipe_is_one_of_the_stock_backend(name) -> None:
     recipe = find_qnn_recipe(name)
-    assert recipe.quant_dtype().name == f"use_{name}"
+    # 4-bit rows under 16-bit activations go to HTP as one LPBQ block each.
+    assert recipe.quant_dtype().name == f"use_{name}{'_block' if name == '16a4w' else ''}"
     check_kv_bits(recipe, 16 if recipe.activation_bits is None else 8)
 
 

@@ -68,6 +68,13 @@ def test_the_weights_of_each_recipe_learn(name: str) -> None:
     assert loss_of(prepared).item() < 0.9 * before
 
 
+def test_four_bit_rows_are_one_block_each_but_not_in_training() -> None:
+    for name, rounded in (("16a4w", "dequantize_affine"), ("16a4w_qat", "per_channel")):
+        graph = converted(name, model()).graph
+        found = [n for n in graph.nodes if n.op == "call_function" and n.args[0].op == "get_attr"]
+        assert any(rounded in str(node.target) for node in found)
+
+
 def test_the_recipes_with_training_are_those_of_the_stock_quantizer() -> None:
     trained = {name for name in QNN_RECIPES if f"{name}_qat" in PRESETS}
     stock = {dtype.name.removeprefix("use_") for dtype, qat in QUANT_CONFIG_DICT if qat}

@@ -39,7 +39,7 @@ def encodings(draw, ranges=tuple(limits for limits, _, _ in RANGES)) -> Encoding
 @st.composite
 def block_encodings(draw) -> Encoding:
     """Block scales as HTP stores them: whole multiples of a scale of the channel."""
-    channels, blocks = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    channels, blocks = draw(st.integers(1, 4)), draw(st.integers(2, 4))
     seed = draw(st.integers(0, 2**16))
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(1, 17, (channels, blocks), generator=generator)

@@ -72,6 +72,13 @@ def test_known_entries() -> None:
     }
 
 
+def test_one_block_a_row_is_read_as_one_scale_a_channel() -> None:
+    document = to_document(TABLE)
+    document["param_encodings"][1] |= {"block_size": 64, "per_block_int_scale": [1, 16]}
+    channels = Encoding(torch.tensor([1.0, 8.0]), torch.zeros(2), -7, 7, axis=0)
+    assert from_document(document).parameters["proj.weight"].difference(channels) == 0
+
+
 def test_a_file_appears_whole(tmp_path) -> None:
     path = tmp_path / "encodings.json"
     write_encodings_file(path, TABLE)

@@ -62,6 +62,20 @@ def test_each_spelling_is_read(spelling) -> None:
     assert value.is_parameter and value.names == ["weight"]
 
 
+def test_one_block_a_row_is_one_scale_a_channel() -> None:
+    rows = Encoding(torch.rand(4, 1) + 0.1, torch.zeros(4, 1), -7, 7, axis=0, block=8)
+    program = torch.export.export(Written("affine", rows), (torch.randn(3, 8),))
+    module = program.module(check_guards=False)
+    for node in module.graph.nodes:
+        node.meta.pop("val", None)  # folded constants have none
+    channels = Encoding(rows.scale[:, 0], rows.zero_point[:, 0], -7, 7, axis=0)
+    (value,) = quantized_values(module, ValueNames(module.graph))
+    assert value.encoding.difference(channels) == 0
+    tripled = Encoding(channels.scale * 3, channels.zero_point, -7, 7, axis=0)
+    write_encoding(module, value, tripled)
+    assert torch.equal(module.scale[:, 0], tripled.scale)
+
+
 @pytest.mark.parametrize("spelling", CASES)
 def test_what_is_written_is_read_again(spelling) -> None:
     module = graph_of(spelling)

@@ -69,7 +69,8 @@ def target(request, tmp_path_factory) -> SimpleNamespace:
     manager = lowered(found)
     path = tmp_path_factory.mktemp("qnn") / "model.pte"
     path.write_bytes(manager.buffer)
-    return SimpleNamespace(found=found, text=text, manager=manager, path=path)
+    least_db = 36 if request.param == "smollm2" else 40
+    return SimpleNamespace(found=found, text=text, manager=manager, path=path, least_db=least_db)
 
 
 def test_each_method_is_one_delegate_and_nothing_else(target) -> None:
@@ -108,16 +109,16 @@ def test_the_caches_enter_and_leave_in_eight_bits_a_step_off_at_most(target) -> 
 
 
 def test_the_simulator_agrees_with_the_fake_quantized_graph(target) -> None:
-    check_numbers(target.found, target.path.read_bytes(), target.text)
+    check_numbers(target.found, target.path.read_bytes(), target.text, target.least_db)
 
 
-def check_numbers(found, buffer: bytes, text) -> None:
+def check_numbers(found, buffer: bytes, text, least_db: float = 36) -> None:
     from edgepass.lowering.qnn_check import device_sqnr_db
 
     measured = device_sqnr_db(found, buffer, text)
     assert min(values[0] for values in measured.values()) >= 40, measured
     # A row of a cache has 64 to 192 values of 8 bits, of which one that rounds the other way shows.
-    assert min(min(values) for values in measured.values()) >= 36, measured
+    assert min(min(values) for values in measured.values()) >= least_db, measured
 
 
 @pytest.mark.nightly

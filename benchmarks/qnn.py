@@ -153,19 +153,19 @@ def accuracy(options: Any) -> dict[str, Any]:
     from edgepass.lowering.qnn_lowering import lower_graphs
 
     model, quantization, decoder, tokens = prepared_decoder(options)
-    found = quantize_decoder(decoder, quantization, [tokens], options.chunk)
-    form, start = found.forms[DECODE_METHOD], len(tokens) - 64
+    form, start = decoder.form(1), len(tokens) - 64
     own = quantization.prepare(export_form(form))
     with torch.no_grad(), Float64Sums() if options.float64_sums else nullcontext():
+        found = quantize_decoder(decoder, quantization, [tokens], options.chunk)
+        step = found.graphs[DECODE_METHOD]
         exact = model(tokens[None]).logits[0, start:]
         whole = found.chunk_graph(*found.chunk.inputs(tokens))
         step_by_step(form, own, tokens, form.empty_caches(), 0)
         calibrated = quantization.convert(own)
-        moved = step_by_step(form, found.graphs[DECODE_METHOD], tokens, whole[1:], start)
+        moved = step_by_step(form, step, tokens, whole[1:], start)
         itself = step_by_step(form, calibrated, tokens, whole[1:], start)
-        prefill = found.forms[PREFILL_METHOD], found.graphs[PREFILL_METHOD]
-        rows = prefilled(*prefill, tokens, start)
-        behind_prefill = step_by_step(form, found.graphs[DECODE_METHOD], tokens, rows, start)
+        rows = prefilled(found.forms[PREFILL_METHOD], found.graphs[PREFILL_METHOD], tokens, start)
+        behind_prefill = step_by_step(form, step, tokens, rows, start)
     joins = _joins(calibrated)
     differing = found.encodings.diff(read_encodings(calibrated, PREFIX, joins), 1e-4)
     device: dict[str, Any] = {}

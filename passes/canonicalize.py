@@ -5,17 +5,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from edgepass.passes.cancel_views import CancelPermutations, DropView, JoinReshapes
-from edgepass.passes.drop_guards import (
-    DropMetadataAssertion,
-    DropSymbolAssertion,
-    UnwrapParameter,
-)
+from edgepass.passes.drop_guards import DropMetadataAssertion, DropSymbolAssertion
 from edgepass.passes.drop_no_ops import DropCast, DropCopy, DropUnitFactor
 from edgepass.passes.graph_pass import GraphPass, NoMatch
 from edgepass.passes.pattern import anything, ops
 from edgepass.passes.program import WorkingProgram
 from edgepass.passes.rewriter import RewriteLog, Rewriter, RuleCount
 from edgepass.passes.rule import RewriteRule
+from edgepass.passes.unwrap_parameters import unwrap_parameters
 
 aten = ops("aten")
 
@@ -54,7 +51,6 @@ class Canonicalize(GraphPass):
         return (
             DropMetadataAssertion(),
             DropSymbolAssertion(),
-            UnwrapParameter(),
             DropCast(),
             DropCopy(),
             DropUnitFactor(),
@@ -64,7 +60,9 @@ class Canonicalize(GraphPass):
         )
 
     def run(self, program: WorkingProgram) -> RewriteLog:
-        log = Rewriter(self.rules()).apply(program)
+        log = RewriteLog()
+        unwrap_parameters(program, log)
+        Rewriter(self.rules()).apply(program, log)
         merged = program.merge_equal_constants()
         erased = program.remove_dead_calls()
         program.remove_unused_constants()

@@ -1,4 +1,4 @@
-"""Rules that remove what export adds around a program: guards, and wrapped parameters."""
+"""Rules that remove the guards that export adds to a program."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +9,12 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from edgepass.passes.editor import Editor
 from edgepass.passes.matching import Match
-from edgepass.passes.pattern import attr, ops
+from edgepass.passes.pattern import ops
 from edgepass.passes.rule import Refusal, RewriteRule
 from edgepass.passes.shapes import fake_tensor
 from edgepass.passes.targets import argument, has_parameter, render_value
 
 aten = ops("aten")
-export = ops("export")
 
 
 class DropMetadataAssertion(RewriteRule):
@@ -65,31 +64,6 @@ class DropSymbolAssertion(RewriteRule):
     def rewrite(self, match: Match, editor: Editor) -> Mapping[Node, Node]:
         editor.remove(match.anchor)
         return {}
-
-
-class UnwrapParameter(RewriteRule):
-    """A component of a quantized parameter (a tensor subclass) becomes a constant of its own."""
-
-    name = "unwrap-parameter"
-
-    def pattern(self, parameter: Any) -> Any:
-        return export.access_subclass_inner_tensor(parameter, attr("component"))
-
-    def check(self, match: Match) -> Refusal | None:
-        tensor = match.program.constant(match.anchor)
-        if tensor is None:
-            return Refusal(f"{render_value(match.parameter)} is no parameter", match.anchor)
-        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-            return Refusal(f"the component is itself a {type(tensor).__name__}", match.anchor)
-        match.facts["tensor"] = tensor
-        return None
-
-    def rewrite(self, match: Match, editor: Editor) -> Node:
-        program, anchor = match.program, match.anchor
-        tensor, name = match.facts["tensor"], program.qualified_name(anchor)
-        assert name is not None, "established by check"
-        key = (anchor.args[0], match.component)
-        return program.derive_constant(key, name, lambda: tensor, like=anchor)
 
 
 def _unbacked_symbols(condition: Any) -> list[str]:

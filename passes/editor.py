@@ -72,6 +72,7 @@ class Editor:
         """Compute the fake value of the created nodes that have none."""
         for node in self.created:
             if not node._erased and "val" not in node.meta:
+                self.program.complete_constants()
                 node.meta["val"] = _fake_result(node)
 
 

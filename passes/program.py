@@ -58,6 +58,7 @@ class WorkingProgram:
         self._inputs: dict[Node, InputSpec] = dict(zip(self.placeholders, specs, strict=True))
         self._outputs = list(exported.graph_signature.output_specs)
         self._derived: dict[Hashable, Node] = {}
+        self._pending: dict[Node, Callable[[], torch.Tensor]] = {}
         self._fake_mode = detect_fake_mode([each.meta.get("val") for each in self.placeholders])
         self._after_constants: Node | None = None
         self.find_mutations()
@@ -126,6 +127,8 @@ class WorkingProgram:
             return None if outer is None else getattr(outer, node.args[1])
         if not self.is_constant(node):
             return None
+        if node in self._pending:
+            self.complete_constants()
         target = self._target(node)
         found = self._state.get(target)
         return self._constants.get(target) if found is None else found
@@ -182,12 +185,18 @@ class WorkingProgram:
         ``qualified_name`` is made unique with a number if it is taken. The tensor is shared.
         ``like`` is a node whose fake value describes the tensor, which saves making one.
         """
+        node = self._add_buffer(qualified_name)
+        node.meta["val"] = self._fake(tensor) if like is None else like.meta["val"]
+        self._state[self._target(node)] = tensor.detach()
+        return node
+
+    def _add_buffer(self, qualified_name: str) -> Node:
+        """Add the placeholder of a buffer that has no tensor yet."""
         target = self._unused(qualified_name)
         name = "b_" + target.replace(".", "_")
         with self.graph.inserting_before(self._end_of_constants()):
             node = self.graph.create_node("placeholder", name, name=name)
-        node.meta["val"] = self._fake(tensor) if like is None else like.meta["val"]
-        self._state[target] = tensor.detach()
+        self._state[target] = None
         argument = TensorArgument(name=node.name)
         self._inputs[node] = InputSpec(InputKind.BUFFER, argument, target, persistent=True)
         return node
@@ -198,16 +207,36 @@ class WorkingProgram:
         qualified_name: str,
         compute: Callable[[], torch.Tensor],
         like: Node | None = None,
+        *,
+        later: bool = False,
     ) -> Node:
         """Return the constant made for ``key`` before, or compute and add it now.
 
         ``key`` names the sources and what is made of them, as in ``("int4", weight_node)``: a
-        weight shared by two linears is packed once.
+        weight shared by two linears is packed once. With ``later`` the tensor and its fake value
+        are made by ``complete_constants``.
         """
         node = self._derived.get(key)
-        if node is None or node._erased:
-            node = self._derived[key] = self.add_constant(qualified_name, compute(), like)
+        if node is not None and not node._erased:
+            return node
+        if later:
+            node = self._add_buffer(qualified_name)
+            self._pending[node] = compute
+        else:
+            node = self.add_constant(qualified_name, compute(), like)
+        self._derived[key] = node
         return node
+
+    def complete_constants(self) -> None:
+        """Make the tensors that were put off, one after the other.
+
+        Nothing else runs in between, so that code and tables stay in the processor's caches.
+        """
+        pending, self._pending = self._pending, {}
+        for node, compute in pending.items():
+            tensor = compute()
+            node.meta["val"] = self._fake(tensor)
+            self._state[self._target(node)] = tensor.detach()
 
     def replace_constant(self, node: Node, tensor: torch.Tensor) -> None:
         """Give a constant another content, as of another dtype; the user's tensor stays."""
@@ -244,7 +273,7 @@ class WorkingProgram:
 
     def remove_unused_constants(self) -> int:
         """Drop constants without users, and return how many. The user's inputs always stay."""
-        unused = [node for node in self.placeholders if not node.users and self.is_constant(node)]
+        unused = [node for node in self._inputs if not node.users and self.is_constant(node)]
         if not unused:
             return 0
         targets = {self._target(node) for node in unused}
@@ -273,12 +302,13 @@ class WorkingProgram:
             if tensor.element_size() not in _INTEGERS or not tensor.is_cpu:
                 continue
             twins = kept.setdefault(_fingerprint(tensor), [])
-            twin = next((first for first, other in twins if _same_bits(other, tensor)), None)
-            if twin is None:
-                twins.append((node, tensor))
+            for twin, other in twins:
+                if tensor.nbytes <= _SAMPLE or _same_bits(other, tensor):
+                    node.replace_all_uses_with(twin)
+                    merged += 1
+                    break
             else:
-                node.replace_all_uses_with(twin)
-                merged += 1
+                twins.append((node, tensor))
         return merged
 
     def to_exported(self) -> ExportedProgram:
@@ -317,6 +347,7 @@ class WorkingProgram:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_SAMPLE = 512  # bytes up to which a fingerprint is the whole tensor
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -337,10 +368,11 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _fingerprint(tensor: torch.Tensor) -> Hashable:
-    """Return a cheap key that equal tensors share: form, and 64 values spread over the data."""
+    """Return a cheap key that equal tensors share: form, and the bytes or a sample of them."""
     data = _bits(tensor).numpy().ravel()
-    sample = data[:: max(1, data.size // 64)]
-    return (tensor.dtype, tensor.shape, sample.tobytes())
+    if data.nbytes > _SAMPLE:
+        data = data[:: data.size // 16]
+    return (tensor.dtype, tensor.shape, data.tobytes())
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

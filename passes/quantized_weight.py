@@ -65,7 +65,9 @@ class GroupedWeight:
 
     def packed(self) -> Node:
         """Return the constant in the linear layout, uint8 ``[rows, ceil(columns/2)]``."""
-        return self._derived("int4", self.values, self._pack)
+        name = f"{self.program.qualified_name(self.values)}_int4"
+        key = ("int4", self.values)
+        return self.program.derive_constant(key, name, self._pack, later=True)
 
     def group_scales(self, dtype: torch.dtype) -> Node:
         """Return the scales as ``[rows, groups]`` of ``dtype``."""
@@ -124,8 +126,7 @@ class GroupedWeight:
         return self._derived(("groups", dtype, shape, offset), node, regroup)
 
     def _derived(self, kind: Hashable, source: Node, make: Callable[[], torch.Tensor]) -> Node:
-        label = kind if isinstance(kind, str) else "groups"
-        name = f"{self.program.qualified_name(source)}_{label}"
+        name = f"{self.program.qualified_name(source)}_groups"
         return self.program.derive_constant((kind, source), name, make)
 
 

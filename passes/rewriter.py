@@ -83,13 +83,15 @@ class Rewriter:
                 self._index.setdefault(name, []).append(compiled)
         self._by_target: dict[int, list[CompiledRule]] = {}  # by identity, see targets.py
 
-    def apply(self, program: WorkingProgram) -> RewriteLog:
-        """Rewrite ``program`` wherever a rule accepts, and say what was done."""
-        log = RewriteLog({compiled.rule.name: RuleCount() for compiled in self.rules})
+    def apply(self, program: WorkingProgram, log: RewriteLog | None = None) -> RewriteLog:
+        """Rewrite ``program`` wherever a rule accepts, and say what was done (in ``log``, too)."""
+        log = RewriteLog() if log is None else log
+        log.counts.update({compiled.name: RuleCount() for compiled in self.rules})
         mutations = program.find_mutations() or None
         for node in list(program.graph.nodes):
             if node.op == "call_function" and not node._erased and self._rules_at(node):
                 self._settle(node, program, mutations, log)
+        program.complete_constants()
         return log
 
     def _rules_at(self, node: Node) -> list[CompiledRule]:

@@ -279,6 +279,7 @@ class WorkingProgram:
         targets = {self._target(node) for node in unused}
         for node in unused:
             del self._inputs[node]
+            self._pending.pop(node, None)
             self.graph.erase_node(node)
         targets.difference_update(spec.target for spec in self._inputs.values())
         for target in targets:
@@ -316,6 +317,7 @@ class WorkingProgram:
 
         Its mutable buffers are its own: running it leaves the given program's caches alone.
         """
+        self.complete_constants()
         self.find_mutations()
         own = {self._target(node) for node in self._mutable}
         return ExportedProgram(

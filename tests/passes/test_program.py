@@ -114,6 +114,33 @@ def test_a_derived_constant_is_made_once() -> None:
     assert len(made) == 1
 
 
+def test_a_constant_put_off_is_made_when_it_is_asked_for() -> None:
+    program, made = working(), []
+
+    def make():
+        made.append(1)
+        return torch.full((2,), 7, dtype=torch.int8)
+
+    node = program.derive_constant("late", "late", make, later=True)
+    assert program.derive_constant("late", "late", make, later=True) is node
+    assert program.qualified_name(program.add_constant("late", X)) == "late_1"
+    assert not made
+    assert torch.equal(program.constant(node), torch.full((2,), 7, dtype=torch.int8))
+    assert (node.meta["val"].shape, node.meta["val"].dtype) == ((2,), torch.int8)
+    program.complete_constants()
+    assert len(made) == 1
+
+
+def test_constants_put_off_are_in_the_exported_program_and_unused_ones_are_not_made() -> None:
+    program = WorkingProgram(export(lambda a: a + 1, (X,)))
+    used = program.derive_constant("used", "used", lambda: torch.full((2, 3), 5.0), later=True)
+    program.derive_constant("unused", "unused", lambda: pytest.fail("made"), later=True)
+    (add,) = (node for node in program.graph.nodes if node.op == "call_function")
+    add.update_arg(1, used)
+    assert program.remove_unused_constants() == 1
+    assert torch.equal(program.to_exported().module()(X), X + 5)
+
+
 def test_unused_constants_go_and_user_inputs_stay() -> None:
     program = WorkingProgram(export(lambda a, b: a + 1, (X, X + 1)))
     program.add_constant("unused", torch.ones(3))

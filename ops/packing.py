@@ -18,7 +18,8 @@ import torch
 
 from edgepass.ops.checks import check_dtype, refuse
 
-_CHUNK = 1 << 17  # pairs of values: with their scratch and the result, 0.6 MB
+_CHUNK = 1 << 17  # pairs of values that are unpacked at once: with scratch and result, 0.6 MB
+_PACKED_AT_ONCE = 1 << 18  # pairs: fewer would pay more for the calls than they save in the cache
 _PARALLEL = 1 << 21  # pairs from which on a thread pays for its start
 
 
@@ -33,8 +34,8 @@ def pack_int4(w: torch.Tensor) -> torch.Tensor:
     if w.shape[1] % 2:
         w = torch.nn.functional.pad(w, (0, 1))
     packed = torch.empty((w.shape[0], w.shape[1] // 2), dtype=torch.uint8)
-    pairs = w.detach().contiguous().numpy().reshape(-1).view(np.uint16)
-    if not _in_parts(_pack, pairs, packed.numpy().reshape(-1)):
+    values = w.detach().contiguous().numpy().reshape(-1, 2)
+    if not _in_parts(_pack, values, packed.numpy().reshape(-1)):
         low, high = (int(bound) for bound in w.aminmax())
         refuse("pack_int4", "w", f"{low}..{high}", "values in -8..7")
     return packed
@@ -120,27 +121,31 @@ def _dequantize_into(
 
 def _in_parts(work: Callable[..., bool], source: np.ndarray, target: np.ndarray) -> bool:
     """Call ``work`` on parts of two flat arrays, one a thread, and tell whether all return True."""
-    threads = torch.get_num_threads() if source.size >= _PARALLEL else 1
+    threads = torch.get_num_threads() if len(source) >= _PARALLEL else 1
     if threads == 1:
         return work(source, target)
-    share = -(-source.size // threads)
-    parts = [slice(start, start + share) for start in range(0, source.size, share)]
+    share = -(-len(source) // threads)
+    parts = [slice(start, start + share) for start in range(0, len(source), share)]
     with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter's lock
         return all(list(pool.map(lambda part: work(source[part], target[part]), parts)))
 
 
-def _pack(pairs: np.ndarray, packed: np.ndarray) -> bool:
-    """Pack little-endian pairs, even + 256 * odd, into bytes; return False if one is no int4."""
-    nibbles, shifted = (np.empty(min(_CHUNK, pairs.size), np.uint16) for _ in range(2))
-    for start in range(0, pairs.size, _CHUNK):
-        chunk = pairs[start : start + _CHUNK]
-        lifted, odd = nibbles[: chunk.size], shifted[: chunk.size]
-        values = np.add(chunk.view(np.uint8), 8, out=lifted.view(np.uint8))
-        if values.max() > 15:  # -8..7 has become 0..15, all else is above, modulo 256
+def _pack(values: np.ndarray, packed: np.ndarray) -> bool:
+    """Pack ``[pairs, 2]`` of even and odd values into bytes; return False if one is no int4.
+
+    A pair is the 16-bit number even + 256 * odd. The upper byte of its product with 256 + 16 is
+    even + 16 * odd; seen from one byte later, it is a lower byte, which is what narrowing keeps.
+    """
+    scratch = np.empty(2 * min(_PACKED_AT_ONCE, len(values)) + 1, np.uint8)
+    for start in range(0, len(values), _PACKED_AT_ONCE):
+        chunk = values[start : start + _PACKED_AT_ONCE].reshape(-1).view(np.uint8)
+        nibbles = np.add(chunk, 8, out=scratch[: chunk.size])
+        if np.maximum.reduce(nibbles) > 15:  # -8..7 is 0..15 now, all else above, modulo 256
             return False
-        np.right_shift(lifted, 4, out=odd)
-        target = packed[start : start + _CHUNK]
-        np.bitwise_or(lifted, odd, out=target, casting="unsafe")  # keeps the low byte
+        pairs = nibbles.view(np.uint16)
+        np.multiply(pairs, 0x0110, out=pairs)
+        upper = scratch[1 : chunk.size + 1].view(np.uint16)
+        np.copyto(packed[start : start + _PACKED_AT_ONCE], upper, casting="unsafe")
     return True
 
 

@@ -72,7 +72,8 @@ def test_unpacking_agrees_with_the_reference(n: int, k: int, seed: int) -> None:
 
 
 def test_chunks_meet_without_a_seam() -> None:
-    w = random_int4(37, packing._CHUNK // 16, 0)
+    w = random_int4(37, packing._PACKED_AT_ONCE // 16, 0)
+    assert w.numel() // 2 > packing._PACKED_AT_ONCE > packing._CHUNK
     packed = packing.pack_int4(w)
     assert torch.equal(unpack_linear_layout(packed, w.shape[1]), w.long())
     assert torch.equal(packing.unpack_int4(packed, w.shape[1]), w)
@@ -104,7 +105,14 @@ def test_the_padding_of_an_odd_row_is_the_value_zero() -> None:
     assert (packed[:, -1] >> 4 == 8).all()
 
 
-@pytest.mark.parametrize("value", [-128, -9, 8, 127])
+def test_a_weight_at_an_odd_address() -> None:
+    w = random_int4(6, 8, 0)
+    odd = torch.zeros(49, dtype=torch.int8)[1:].view(6, 8).copy_(w)
+    assert odd.data_ptr() % 2 == 1
+    assert torch.equal(packing.pack_int4(odd), packing.pack_int4(w))
+
+
+@pytest.mark.parametrize("value", [*range(-128, -8), *range(8, 128)])
 @pytest.mark.parametrize("place", [0, 1, -1])
 def test_a_value_outside_int4_is_refused(value: int, place: int) -> None:
     w = random_int4(4, 10, 0)

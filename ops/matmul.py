@@ -6,8 +6,12 @@ that rounds. Libraries add up long stretches of K one by one, which leaves 115 d
 where all products have one sign, at K = 576: sums are cut into blocks here. Where few values are
 summed into few outputs, one output that cancels out could break that bound, and float64 costs
 nothing: small products are done there.
+
+One token reads each weight once, for which a call a block is dear: its product is one batched call
+over short blocks, whose sums are then added up. That takes another layout of the weight.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -58,12 +62,40 @@ def matmul_float32(
 ) -> torch.Tensor:
     """x ``[..., K]`` times the dequantized weight plus bias, in float32: ``[..., N]``."""
     entry = weight_cache.find(packed, scales, zeros, group_size)
+    if x.numel() == x.shape[-1] and _token_block(x.shape[-1]):
+        return _multiply_token(x, packed, entry, bias)
     parts = weight_cache.form(entry, "blocks", lambda: _pack_blocks(packed, entry))
     out = None
     for rows, part in zip(_blocks(x.reshape(-1, x.shape[-1])), parts, strict=True):
         out = _add_product(out, rows, part, bias if out is None else None)
     assert out is not None, "K is 1 or more"
     return out.view(*x.shape[:-1], packed.shape[0])
+
+
+def _multiply_token(
+    x: torch.Tensor, packed: torch.Tensor, entry: PreparedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``matmul_float32`` of one token."""
+    length = _token_block(x.shape[-1])
+    (blocks,) = weight_cache.form(entry, "token", lambda: _token_form(packed, entry, length))
+    out = torch.bmm(x.reshape(-1, 1, length), blocks).sum(0)
+    out = out if bias is None else out.add_(bias)
+    return out.view(*x.shape[:-1], packed.shape[0])
+
+
+@functools.cache
+def _token_block(k: int) -> int:
+    """Length of the equal blocks into which one token is cut; 0 where K has no divisor that fits.
+
+    Up to 32, sums of equal products keep 120 dB.
+    """
+    return next((length for length in range(32, 15, -1) if k % length == 0), 0)
+
+
+def _token_form(packed: torch.Tensor, entry: PreparedWeight, length: int) -> tuple[torch.Tensor]:
+    """The float32 weight as ``[K/length, length, N]``."""
+    weight = _dequantize(packed, entry, torch.float32)
+    return (weight.view(weight.shape[0], -1, length).permute(1, 2, 0).contiguous(),)
 
 
 def _blocks(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -78,11 +110,11 @@ def _add_product(
 ) -> torch.Tensor:
     """``total + x @ part.T + bias`` for x ``[M, k]`` and a part that ``_pack_blocks`` made."""
     if not _HAS_ONEDNN:
-        product = F.linear(x.contiguous(), part, bias)
+        product = F.linear(x, part, bias)
         return product if total is None else total.add_(product)
     if total is None:
-        return _MULTIPLY.default(x.contiguous(), part, bias, "none", [], "")
-    return _MULTIPLY.binary(x.contiguous(), total, part, bias, "add")
+        return _MULTIPLY.default(x, part, bias, "none", [], "")
+    return _MULTIPLY.binary(x, total, part, bias, "add")
 
 
 def _pack_blocks(packed: torch.Tensor, entry: PreparedWeight) -> tuple[torch.Tensor, ...]:

@@ -5,9 +5,11 @@ weak reference only. A write to the packed weight, its scales or its zero points
 noticed by the tensors' version counters (a write through ``.data`` or NumPy is not). Tensors made
 under ``torch.inference_mode`` have no such counter, so that their forms are made anew each call.
 
-All forms together take at most the limit, 2 GiB unless ``set_weight_cache_limit`` says otherwise;
-a weight that no longer fits is unpacked at each call: slower, the same numbers. Nothing is evicted
-for it, because the layers of a model take turns and would evict one another.
+All forms together take at most the limit, 2 GiB unless ``set_weight_cache_limit`` says otherwise.
+A weight has a form for one token and one for more, 4 bytes a value each; where there is no room for
+both, the one that is wanted takes the other's place. A weight that no longer fits is unpacked at
+each call: slower, the same numbers. No other weight is evicted for it, because the layers of a
+model take turns and would evict one another.
 """
 
 import threading
@@ -90,6 +92,9 @@ class WeightCache:
         if entry.versions is None:
             return made
         with self._lock:
+            room = self.limit - self.nbytes()
+            if _nbytes(made) > room and _nbytes(made) <= room + _all_nbytes(entry):
+                entry.forms.clear()
             if self.nbytes() + _nbytes(made) <= self.limit:
                 entry.forms[kind] = made
         return made
@@ -98,7 +103,7 @@ class WeightCache:
         """Bytes that all kept forms take."""
         with self._lock:
             entries = list(self._entries.values())
-            return sum(_nbytes(form) for entry in entries for form in entry.forms.values())
+            return sum(map(_all_nbytes, entries))
 
     def clear(self) -> None:
         """Drop every form."""
@@ -147,6 +152,10 @@ def _versions(*tensors: torch.Tensor) -> Versions | None:
 
 def _same(kept: torch.Tensor, given: torch.Tensor) -> bool:
     return kept is given or (kept.dtype == given.dtype and torch.equal(kept, given))
+
+
+def _all_nbytes(entry: PreparedWeight) -> int:
+    return sum(map(_nbytes, entry.forms.values()))
 
 
 def _nbytes(form: Form) -> int:

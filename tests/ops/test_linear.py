@@ -109,6 +109,32 @@ def test_the_longest_sums_of_one_sign(rows: int) -> None:
     assert sqnr_db(exact, ops.linear_qta8a_qga4w(x, scale, zero, *weight.arguments())) >= BOUND_DB
 
 
+@pytest.mark.parametrize("k", [576, 1536, 2048, 8192])
+@settings(max_examples=10, deadline=None)
+@given(seed=seeds)
+def test_equal_products_of_one_token(k: int, seed: int) -> None:
+    # The hardest sums: each addition is rounded the same way, and the errors add up.
+    scales = torch.rand(2, generator=torch.Generator().manual_seed(seed)) * 0.1 + 0.01
+    weight = make_weight(300, k // 32, 32)
+    weight.packed.fill_(0)
+    weight.zeros.fill_(7)
+    weight.scales.copy_(scales[0])
+    x = torch.full((1, k), 127, dtype=torch.int8)
+    encoding = scales[1:], torch.full((1,), -128, dtype=torch.int8)
+    exact = reference.linear_qta8a_qga4w(x, *encoding, *weight.arguments())
+    assert sqnr_db(exact, ops.linear_qta8a_qga4w(x, *encoding, *weight.arguments())) >= BOUND_DB
+
+
+@pytest.mark.parametrize("k", [521, 521 * 2, 7 * 256, 47 * 16])
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_token_of_any_length(k: int, lead: tuple[int, ...], bias: bool) -> None:
+    weight = make_weight(300, 1, k, bias=bias, seed=k)
+    x = make_tokens((*lead, k), torch.float32, k)
+    assert_within_bound(x, weight)
+    assert ops.linear_qga4w(x, *weight.arguments()).shape == (*lead, 300)
+
+
 @pytest.mark.parametrize("n", [3, 400])
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_activations_of_extreme_magnitude(n: int, magnitude: float) -> None:

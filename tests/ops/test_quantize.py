@@ -13,7 +13,7 @@ from torchao.quantization.quant_primitives import (
 
 from edgepass.ops import reference
 from edgepass.ops.errors import InvalidArgumentError
-from edgepass.ops.quantize import _CHUNK, VULKAN_SCALE_FLOOR, quantize_dequantize
+from edgepass.ops.quantize import _CHUNK, _MANY, VULKAN_SCALE_FLOOR, quantize_dequantize
 from tests.ops.cases import FLOATS, leads, make_tokens, seeds
 
 quantize = torch.ops.edgepass.quantize_per_token
@@ -104,7 +104,7 @@ def test_quantize_dequantize_of_any_token(values: list[float]) -> None:
 def test_ties_at_both_ends_of_a_large_activation(seed: int) -> None:
     # One step is exactly 1 and both ends lie half way between two: the sum of the rounded ends
     # is 256 steps, one more than int8 holds.
-    x = make_tokens((_CHUNK // 64, 64), torch.float32, seed)
+    x = make_tokens((_MANY // 64, 64), torch.float32, seed)
     x[3, 0], x[3, 1] = -100.5, 154.5
     assert torch.equal(*both_ways(x))
 

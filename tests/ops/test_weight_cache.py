@@ -10,7 +10,7 @@ from torch import Tensor
 
 from edgepass.ops import reference, set_weight_cache_limit
 from edgepass.ops.errors import InvalidArgumentError
-from edgepass.ops.weight_cache import DEFAULT_LIMIT, WeightCache, weight_cache
+from edgepass.ops.weight_cache import DEFAULT_LIMIT, WeightCache, keep_no_forms, weight_cache
 from tests.ops.cases import Weight, make_tokens, make_weight, sqnr_db
 
 linear = torch.ops.edgepass.linear_qga4w
@@ -95,6 +95,34 @@ def test_the_limit_bounds_the_forms_and_not_the_numbers() -> None:
         for rows in (1, 5, 5, 6):
             assert_right(weight, rows)
             assert weight_cache.nbytes() <= N * K * 4
+
+
+def test_one_token_and_many_have_a_form_each_where_there_is_room() -> None:
+    weight = make_weight(N, K // 32, 32)
+    for rows in (5, 1, 6, 1):
+        assert_right(weight, rows)
+    assert weight_cache.nbytes() == 2 * N * K * 4
+
+
+def test_the_latest_form_of_a_weight_takes_the_place_of_the_other() -> None:
+    set_weight_cache_limit(N * K * 4)
+    weight = make_weight(N, K // 32, 32)
+    entry = weight_cache.find(weight.packed, weight.scales, weight.zeros, 32)
+    for rows, kinds in ((5, ["blocks"]), (1, ["token"]), (6, ["blocks"])):
+        assert_right(weight, rows)
+        assert list(entry.forms) == kinds
+    other = make_weight(N, K // 32, 32, seed=1)
+    assert_right(other)
+    assert list(entry.forms) == ["blocks"]
+
+
+def test_no_new_form_drops_no_kept_one() -> None:
+    weight = make_weight(N, K // 32, 32)
+    entry = weight_cache.find(weight.packed, weight.scales, weight.zeros, 32)
+    assert_right(weight, 5)
+    with keep_no_forms():
+        assert_right(weight, 1)
+    assert list(entry.forms) == ["blocks"]
 
 
 def test_a_limit_of_nothing_keeps_nothing() -> None:

@@ -23,7 +23,7 @@ from edgepass.ops.weight_cache import PreparedWeight, weight_cache
 _SMALL_PRODUCT = 1 << 17
 _FEW_OUTPUTS = 64
 # Longest stretch of K that is summed in one go.
-_BLOCK = 320
+_BLOCK = 384
 # oneDNN picks a layout by it, which serves others too: a prefill chunk's gains most.
 _TYPICAL_ROWS = 128
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()

@@ -57,6 +57,8 @@ def quantize_dequantize(x: torch.Tensor) -> torch.Tensor:
         low, high = (bound.item() for bound in x.aminmax())
         if math.isfinite(high - low):
             return _quantize_dequantize_token(x, min(low, 0.0), max(high, 0.0))
+    if x.numel() < _MANY:
+        return _quantize_dequantize_few(x)
     out = torch.empty_like(x)
     tokens, results = x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1])
     rows = max(1, _CHUNK // x.shape[-1])
@@ -75,6 +77,17 @@ def _quantize_dequantize_token(x: torch.Tensor, low: float, high: float) -> torc
     return out.round_().clamp_(lowest, lowest + 255).mul_(scale)
 
 
+def _quantize_dequantize_few(x: torch.Tensor) -> torch.Tensor:
+    """A few tokens, whose time goes into calls and not into values: as few calls as can be."""
+    low, high = _range(x)
+    scale = high.sub_(low).div_(_STEPS).clamp_min_(DEFAULT_SCALE_FLOOR)
+    lowest = low.div_(scale).round_()
+    out = (x * scale.reciprocal()).round_()
+    torch.maximum(out, lowest, out=out)
+    torch.minimum(out, lowest.add_(_STEPS), out=out)
+    return out.mul_(scale)
+
+
 def _quantize_dequantize_rows(x: torch.Tensor, out: torch.Tensor) -> None:
     low, high = _range(x)
     scale = _scale(low, high, DEFAULT_SCALE_FLOOR)
@@ -84,14 +97,14 @@ def _quantize_dequantize_rows(x: torch.Tensor, out: torch.Tensor) -> None:
     out.round_()
     # The ends of a range are at most 255 steps apart. They round to more only when both lie half
     # way between two steps; without such a row two passes over the activations are saved.
-    if x.numel() < _MANY or steps.sub_(lowest).abs_().max().item() > _NEARLY_HALF:
+    if steps.sub_(lowest).abs_().max().item() > _NEARLY_HALF:
         torch.maximum(out, lowest, out=out)
         torch.minimum(out, lowest.add_(_STEPS), out=out)
     out.mul_(scale)
 
 
 def _range(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ends of each row's range, which holds 0: both ``[M, 1]``. (Two passes: torch's aminmax
+    """The ends of each row's range, which holds 0: both ``[..., 1]``. (Two passes: torch's aminmax
     along a dimension takes ten times as long as amin.)"""
     low = rows.amin(-1, keepdim=True).clamp_max_(0)
     return low, rows.amax(-1, keepdim=True).clamp_min_(0)

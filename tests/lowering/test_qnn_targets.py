@@ -106,6 +106,7 @@ def test_the_caches_enter_and_leave_in_eight_bits_a_step_off_at_most(target) -> 
         for row, exact, encoding in zip(rows, expected, leaving[1:], strict=True):
             steps = row.int() - quantize_tensor(exact, encoding).int()
             assert steps.abs().max() <= 1
+            assert steps.count_nonzero() <= max(2, 0.02 * steps.numel())
 
 
 def test_the_simulator_agrees_with_the_fake_quantized_graph(target) -> None:
@@ -117,7 +118,8 @@ def check_numbers(found, buffer: bytes, text, least_db: float = 36) -> None:
 
     measured = device_sqnr_db(found, buffer, text)
     assert min(values[0] for values in measured.values()) >= 40, measured
-    # A row of a cache has 64 to 192 values of 8 bits, of which one that rounds the other way shows.
+    # A row of a cache has 64 to 192 values of 8 bits. SmolLM2's values of the first layer have 7.6
+    # steps RMS: one of 192 that rounds the other way leaves 40.5 dB, two leave 37.5.
     assert min(min(values) for values in measured.values()) >= least_db, measured
 
 

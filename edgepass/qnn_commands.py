@@ -34,9 +34,9 @@ def lower_command(
     with console.show_progress() as progress:
         progress("load")
         from edgepass.lowering.qnn_libraries import prepare_libraries
-        from edgepass.lowering.qnn_recipes import find_chip
+        from edgepass.lowering.qnn_recipes import check_chip, find_chip
 
-        check_options(options)
+        recipe = check_options(options)
         if calibration is None and encodings is None:
             raise InvalidArgumentError(
                 "no calibration text: got calibration=None for backend=qnn, accepted is a UTF-8 "
@@ -49,7 +49,7 @@ def lower_command(
             )
         table = None if encodings is None else read_encodings_file(encodings)
         prepare_libraries()
-        find_chip(options.soc)
+        check_chip(recipe, options.kv_bits, find_chip(options.soc))
 
         from edgepass.calibration.calibrate import Calibration
         from edgepass.calibration.chunks import chunks_of, read_chunks

@@ -11,7 +11,12 @@ from torch import Tensor
 from edgepass.generation import check_vocabulary
 from edgepass.ops.errors import InvalidArgumentError, ProgramError
 
-_DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
+_DTYPES = {
+    "uint8": torch.uint8,
+    "uint16": torch.uint16,
+    "int16": torch.int16,
+    "float32": torch.float32,
+}
 
 
 class SimulatedDecoder:

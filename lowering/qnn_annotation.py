@@ -1,9 +1,10 @@
-"""How attention is annotated for HTP: 8-bit KV caches beside 16-bit activations.
+"""How attention is annotated for HTP: KV caches of 8 or 16 bits beside 16-bit activations.
 
 HTP multiplies a 16-bit by an 8-bit value at full speed, and a cache of 8 bits is half as large. So
 the second input of each attention matmul, its cache, and what extends the cache share one symmetric
-8-bit encoding. The stock ``annotate_kv_8bit`` expects convolutions as projections: with linears it
-walks on up to the embedding.
+encoding. The stock ``annotate_kv_8bit`` expects convolutions as projections: with linears it walks
+on up to the embedding. For 16 bits stock gives the matmul's input alone a signed encoding, so that
+its cache would be read by another than it is written with.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Container
 from typing import Any
 
+import torch
 from executorch.backends.qualcomm.quantizer.observers.per_block_param_observer import (
     PerBlockParamObserver,
 )
@@ -30,30 +32,76 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from edgepass.lowering.qnn_block_sizes import BlockSizes
+from edgepass.ops.errors import InvalidArgumentError
 from edgepass.passes.kv_pairs import joined_values
-from edgepass.passes.value_names import JOINS, call_name, is_view, module_path
+from edgepass.passes.value_names import (
+    JOINS,
+    call_name,
+    is_dequantize,
+    is_quantize,
+    is_view,
+    module_path,
+)
 
 PROJECTIONS = ("aten.linear", "aten.conv2d")
 _TRANSPOSITIONS = ("aten.transpose", "aten.permute", "aten.t")
 
 
-def kv_annotation(observer: Any = MinMaxObserver) -> Callable[[GraphModule], None]:
-    """An annotation for ``add_custom_quant_annotations`` that makes KV caches 8-bit.
+_INT16_JOINS = ("aten.cat", "aten.slice_scatter")
 
-    ``observer`` makes the observers of the activations.
+# HTP multiplies by a 16-bit value as two signed bytes, 256 * 127 + 127: what is above saturates.
+TWO_BYTE_MAX = 256 * 127 + 127
+
+
+def kv_annotation(observer: Any = MinMaxObserver, bits: int = 8) -> Callable[[GraphModule], None]:
+    """An annotation for ``add_custom_quant_annotations`` that gives KV caches 8 or 16 bits.
+
+    ``observer`` makes the observers of the activations. The annotation raises InvalidArgumentError
+    for a join that HTP does not compute in signed 16 bits.
     """
 
     def annotate(module: GraphModule) -> None:
-        cache = get_8a8w_qnn_ptq_config(act_symmetric=True, act_observer=observer)
+        cache = _cache_spec(observer, bits)
         rest = get_16a8w_qnn_ptq_config(act_observer=observer)
         rows: dict[Node, SharedQuantizationSpec] = {}
         for node in module.graph.nodes:
             if _is_attention(node):
-                _annotate_matmul(node, rest, cache.input_activation)
-                _annotate_source(node.args[1], node, cache.input_activation, rows)
+                _annotate_matmul(node, rest, cache)
+                _annotate_source(node.args[1], node, cache, rows)
         _annotate_returned(module.graph.output_node(), rows)
 
     return annotate
+
+
+def _cache_spec(observer: Any, bits: int) -> QuantizationSpec:
+    """Symmetric: of 8 bits unsigned, of 16 signed, as HTP wants a product's second factor.
+
+    Of 16 bits what is seen fills the steps to ``TWO_BYTE_MAX``; see ``widen_caches``.
+    """
+    if bits == 8:
+        return get_8a8w_qnn_ptq_config(act_symmetric=True, act_observer=observer).input_activation
+    activation = get_16a8w_qnn_ptq_config(act_observer=observer).input_activation
+    return dataclasses.replace(
+        activation,
+        dtype=torch.int16,
+        quant_min=-TWO_BYTE_MAX,
+        quant_max=TWO_BYTE_MAX,
+        qscheme=torch.per_tensor_symmetric,
+    )
+
+
+def widen_caches(module: GraphModule) -> None:
+    """Give 16-bit caches of a converted graph the whole of int16, the range of files and devices.
+
+    Scales stay. A value beyond what was seen then differs from the device's by 0.4 % at most.
+    """
+    for node in module.graph.nodes:
+        if (is_quantize(node) or is_dequantize(node)) and node.args[3:5] == (
+            -TWO_BYTE_MAX,
+            TWO_BYTE_MAX,
+        ):
+            node.args = (*node.args[:3], -(2**15), 2**15 - 1, *node.args[5:])
+    module.recompile()
 
 
 def _is_attention(node: Node) -> bool:
@@ -77,16 +125,18 @@ def _annotate_source(
 ) -> None:
     """Let views and joins between a projection and ``user`` compute in the cache's encoding.
 
-    ``rows`` collects what becomes 8-bit when it is read: the value and the encoding that it takes.
+    ``rows`` collects what changes to the cache's encoding when it is read: the value and the
+    encoding that it takes.
     """
     views = []
     while is_view(node):
         views.append(node)
         node = node.args[0]  # type: ignore[assignment]
-    for view in _in_eight_bits(views, node):
+    for view in _in_cache_encoding(views, node):
         _share(view, [view.args[0]], cache)  # type: ignore[list-item]
         user = view
     if call_name(node) in JOINS:
+        _check_join(node, cache)
         parts = joined_values(node)
         _share(node, parts, cache)
         for part in parts:
@@ -97,8 +147,17 @@ def _annotate_source(
         rows[source] = SharedQuantizationSpec((first, user))
 
 
+def _check_join(join: Node, cache: QuantizationSpec) -> None:
+    """HTP scatters no signed 16 bits: such a join would leave the delegate, with other numbers."""
+    if cache.dtype == torch.int16 and call_name(join) not in _INT16_JOINS:
+        raise InvalidArgumentError(
+            f"got kv_bits=16 for {join.name}, a join by {call_name(join)}, accepted are 8, or "
+            f"joins by {', '.join(_INT16_JOINS)}"
+        )
+
+
 def _annotate_returned(output: Node, rows: dict[Node, SharedQuantizationSpec]) -> None:
-    """Let the graph return rows as the cache takes them, where the change to 8 bits is behind them.
+    """Let the graph return rows as the cache takes them, where the change to it is behind them.
 
     Else a step would write other integers than the next one reads.
     """
@@ -109,7 +168,7 @@ def _annotate_returned(output: Node, rows: dict[Node, SharedQuantizationSpec]) -
         )
 
 
-def _in_eight_bits(views: list[Node], source: Node) -> list[Node]:
+def _in_cache_encoding(views: list[Node], source: Node) -> list[Node]:
     """Those of ``views`` (nearest to the matmul first) that take the cache's encoding.
 
     HTP reshapes within one dtype only, and the stock passes put reshapes of their own behind a

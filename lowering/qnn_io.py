@@ -31,12 +31,12 @@ def io_encodings(module: GraphModule) -> tuple[list[Encoding | None], list[Encod
 
 
 def quantize_tensor(value: torch.Tensor, encoding: Encoding | None) -> torch.Tensor:
-    """Float ``value`` as the device holds it: uint8 or uint16; without an encoding as it is."""
+    """Float ``value`` as the device's uint8, uint16 or int16; without an encoding as it is."""
     if encoding is None:
         return value
     scaled = torch.round(value / encoding.scale) + encoding.zero_point
     clamped = scaled.clamp(encoding.quant_min, encoding.quant_max)
-    return clamped.to(torch.uint8 if encoding.bits == 8 else torch.uint16)
+    return clamped.to(getattr(torch, _dtype(encoding)))
 
 
 def dequantize_tensor(value: torch.Tensor, encoding: Encoding | None) -> torch.Tensor:
@@ -63,7 +63,9 @@ def describe_io(quantized: QuantizedDecoder) -> dict[str, Any]:
 
 
 def _dtype(encoding: Encoding | None) -> str:
-    return "float32" if encoding is None else f"uint{encoding.bits}"
+    if encoding is None:
+        return "float32"
+    return f"{'' if encoding.signed else 'u'}int{encoding.bits}"
 
 
 def _logits(encoding: Encoding | None) -> dict[str, Any] | None:

@@ -40,7 +40,11 @@ from edgepass.lowering.shapes_only import replace_delegates, with_shapes_only
 from edgepass.ops.errors import ProgramError
 from edgepass.ops.native_output import native_output_captured
 
-_IO_DTYPES = {(0, 255): torch.uint8, (0, 65535): torch.uint16}
+_IO_DTYPES = {
+    (0, 255): torch.uint8,
+    (0, 65535): torch.uint16,
+    (-(2**15), 2**15 - 1): torch.int16,
+}
 
 
 def lower_graphs(
@@ -52,8 +56,8 @@ def lower_graphs(
 ) -> ExecutorchProgramManager:
     """Lower each graph (method name to PT2E graph) for the HTP of ``soc`` into one program.
 
-    Quantized inputs and outputs pass as they are (uint8, uint16); token ids, positions and inputs
-    that are not quantized pass as given.
+    Quantized inputs and outputs pass as they are (uint8, uint16, int16); token ids, positions and
+    inputs that are not quantized pass as given.
 
     Raises LibraryError without the QNN libraries, ProgramError with the compiler's own first line
     if it refuses a graph.

@@ -29,7 +29,7 @@ from torchao.quantization.pt2e.quantize_pt2e import (
     prepare_qat_pt2e,
 )
 
-from edgepass.calibration.aligned_encodings import align_conversions
+from edgepass.calibration.aligned_encodings import align_conversions, check_conversions
 from edgepass.calibration.apply_encodings import apply_encodings
 from edgepass.calibration.block_scales import snap_block_scales
 from edgepass.calibration.observer_kinds import observer_class
@@ -38,14 +38,16 @@ from edgepass.calibration.recipe_resolution import ModuleRecipe
 from edgepass.calibration.visible_scores import show_all, show_visible
 from edgepass.lowering.qnn_annotation import (
     PROJECTIONS,
+    TWO_BYTE_MAX,
     block_sizes,
     keep_float_activations,
     kv_annotation,
     own_block_sizes,
     projection_paths,
+    widen_caches,
 )
 from edgepass.lowering.qnn_block_sizes import BlockSizes, check_blocks
-from edgepass.lowering.qnn_recipes import QnnRecipe, check_kv_bits, qnn_recipe
+from edgepass.lowering.qnn_recipes import QnnRecipe, check_chip, check_kv_bits, qnn_recipe
 from edgepass.ops.encodings import EncodingTable
 from edgepass.ops.encodings_file import split_block_scales
 from edgepass.ops.errors import EncodingError
@@ -56,7 +58,7 @@ from edgepass.passes.value_names import call_name, module_path
 # Where a decoder's form has the model, whose own paths recipes speak of.
 MODEL_PREFIX = "decoder.model"
 
-_INT16_MAX, _TWO_BYTE_MAX = 2**15 - 1, 256 * 127 + 127
+_INT16_MAX = 2**15 - 1
 
 # The stock observers of this backend that learn of an activation its extremes alone.
 RANGE_OBSERVERS: frozenset[type] = frozenset({ConcatObserver})
@@ -70,7 +72,8 @@ class QnnQuantization:
     modules (``{"down_proj": 64}``, see ``BlockSizes``). What is not given is the recipe's. ``soc``
     is the stock chip.
 
-    Raises InvalidArgumentError for cache bits or block sizes that do not fit the recipe.
+    Raises InvalidArgumentError for cache bits or block sizes that do not fit the recipe or
+    the chip.
     """
 
     recipe: QnnRecipe
@@ -82,6 +85,7 @@ class QnnQuantization:
     def __post_init__(self) -> None:
         if self.kv_bits is not None:
             check_kv_bits(self.recipe, self.kv_bits)
+        check_chip(self.recipe, self.kv_bits, self.soc)
         check_blocks(self.recipe, self.block_size, self.layer_block_sizes)
 
     def prepare(self, program: ExportedProgram) -> GraphModule:
@@ -90,7 +94,8 @@ class QnnQuantization:
         By a recipe for quantization-aware training it computes with rounded values, and is trained.
 
         Raises InvalidArgumentError for a block size that does not divide a projection's width or
-        names no module, and EncodingError for weights beyond fp16.
+        names no module, or a cache that HTP does not join in 16 bits, and EncodingError for weights
+        beyond fp16.
         """
         _check_weights(program)
         if self._has_blocks(self._own_recipes(program.graph_module)):
@@ -107,15 +112,18 @@ class QnnQuantization:
     def convert(self, prepared: GraphModule) -> GraphModule:
         """Return the calibrated ``prepared`` with quantize and dequantize calls.
 
-        Block scales are those that HTP stores, and changes to 8 bits are such that HTP computes
-        them exactly: the graph computes what the device will.
+        Block scales are those that HTP stores, and changes to the caches' encodings are such that
+        HTP computes them exactly: the graph computes what the device will. Raises EncodingError for
+        one that it would compute wrong.
         """
         show_all(prepared)
         _snap_observed_blocks(prepared)
         _fit_two_byte_weights(prepared)
         converted = convert_pt2e(prepared)
+        widen_caches(converted)
         snap_block_scales(converted)
         align_conversions(converted)
+        check_conversions(converted)
         return converted
 
     def convert_with(
@@ -128,7 +136,9 @@ class QnnQuantization:
         """
         show_all(prepared)
         converted = convert_pt2e(prepared, fold_quantize=False)
+        widen_caches(converted)
         apply_encodings(converted, encodings, prefix)
+        check_conversions(converted)
         return converted
 
     def _quantizer(self, module: GraphModule) -> QnnQuantizer:
@@ -147,8 +157,8 @@ class QnnQuantization:
             custom.append(own_block_sizes(sizes))
         if self.recipe.activation_bits is None:
             custom.append(keep_float_activations)
-        elif (self.kv_bits or self.recipe.kv_bits) == 8:
-            custom.append(kv_annotation(observer))
+        else:
+            custom.append(kv_annotation(observer, self.kv_bits or self.recipe.kv_bits))
         quantizer.add_custom_quant_annotations(custom)
         return quantizer
 
@@ -206,7 +216,7 @@ def _fit_two_byte_weights(prepared: GraphModule) -> None:
     for observer in prepared.modules():
         if isinstance(observer, PerChannelParamObserver) and observer.quant_max == _INT16_MAX:
             for end in (observer.min_val, observer.max_val):
-                end.mul_(_INT16_MAX / _TWO_BYTE_MAX)
+                end.mul_(_INT16_MAX / TWO_BYTE_MAX)
 
 
 def _is_no_projection(node: Node) -> bool:

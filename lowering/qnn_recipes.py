@@ -106,6 +106,20 @@ def check_kv_bits(recipe: QnnRecipe, kv_bits: int) -> None:
         )
 
 
+def check_chip(recipe: QnnRecipe, kv_bits: int | None, soc: Any) -> None:
+    """Raise InvalidArgumentError for 16-bit caches on a chip that multiplies no 16 by 16 bits."""
+    from executorch.backends.qualcomm.serialization.qc_schema import HtpArch
+    from executorch.backends.qualcomm.utils.utils import get_soc_to_htp_arch_map
+
+    architecture = get_soc_to_htp_arch_map()[soc.name]
+    bits = recipe.kv_bits if kv_bits is None else kv_bits
+    if recipe.activation_bits and bits == 16 and architecture < HtpArch.V73:
+        raise InvalidArgumentError(
+            f"got kv_bits=16 for soc={soc.name}, whose HTP is {architecture.name}, accepted is 8, "
+            f"or a chip of {HtpArch.V73.name} or newer"
+        )
+
+
 def find_chip(name: str) -> Any:
     """The stock backend's chip of that name. Raises InvalidArgumentError, listing those known."""
     from executorch.backends.qualcomm.serialization.qc_schema import QcomChipset

@@ -74,3 +74,24 @@ def test_values_that_stay_wide_are_left_alone() -> None:
     values = quantized_values(module, ValueNames(module.graph))
     after = {value.calls[0].name: value.encoding for value in values}
     assert wide and all(each.difference(after[name]) == 0 for name, each in wide.items())
+
+
+class ChangeOfSign(torch.nn.Module):
+    def forward(self, x):
+        quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+        dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+        wide = 0.25, 1000, 0, 2**16 - 1, torch.int32
+        signed = 0.5, 0, -(2**15), 2**15 - 1, torch.int16
+        x = dequantize(quantize(x * 2, *wide), *wide)
+        return dequantize(quantize(x.transpose(0, 1), *signed), *signed)
+
+
+def test_a_value_that_becomes_signed_takes_the_same_steps() -> None:
+    x = torch.zeros(2, 3)
+    module = torch.export.export(ChangeOfSign(), (x,)).module(check_guards=False)
+    assert align_conversions(module) == 1 and align_conversions(module) == 0
+    values = quantized_values(module, ValueNames(module.graph))
+    found = [(v.encoding.scale.item(), v.encoding.zero_point.item()) for v in values]
+    assert found == [(0.5, 32768), (0.5, 0)]
+    # Both hold the same numbers, up to the ends.
+    assert values[0].encoding.real_range() == values[1].encoding.real_range()

@@ -169,6 +169,10 @@ def test_encodings_are_shown_and_compared(command, lowered, tmp_path) -> None:
         ),
         (("--soc", "SM1", "--calibration", "{text}"), "unknown chip: got soc='SM1'"),
         (("--kv-bits", "4"), "got kv_bits=4"),
+        (
+            ("--kv-bits=16", "--soc=SM8450", "--calibration={text}"),
+            "got kv_bits=16 for soc=SM8450, whose HTP is V69, accepted is 8",
+        ),
         (("--dtype", "fp16"), "got dtype=fp16 for backend=qnn, which has no such option"),
         (("--group-size", "64"), "got group_size=64 for backend=qnn"),
         (("--prefill-chunk", "1024"), "got prefill_chunk=1024 for context=1024"),

@@ -52,25 +52,32 @@ def test_prefill_and_decode_chained_equal_the_chunk(family, recipe) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
-@pytest.mark.parametrize("recipe", ["16a8w", "16a4w_block", "8a8w"])
-def test_without_rounding_errors_of_sums_chained_steps_are_the_chunk(family, recipe) -> None:
-    found, text = quantized(family, recipe, layers=2), tokens(seed=1)
+@pytest.mark.parametrize(
+    ("recipe", "bits"),
+    [("16a8w", 8), ("16a4w_block", 8), ("8a8w", 8), ("16a16w", 16), ("16a4w_block", 16)],
+)
+def test_without_rounding_errors_of_sums_chained_steps_are_the_chunk(family, recipe, bits) -> None:
+    found, text = quantized(family, recipe, layers=2, kv_bits=bits), tokens(seed=1)
     with torch.no_grad(), Float64Sums():
         whole = found.chunk_graph(*found.chunk.inputs(text))[0][0, : CONTEXT - 1]
         steps = chained(found, text)
     assert torch.equal(steps, whole)
 
 
-def test_the_caches_are_eight_bits_for_linears_and_convolutions() -> None:
+@pytest.mark.parametrize(
+    ("bits", "dtype", "zero"), [(None, "uint8", 128), (8, "uint8", 128), (16, "int16", 0)]
+)
+def test_the_caches_have_their_bits_for_linears_and_convolutions(bits, dtype, zero) -> None:
     from edgepass.lowering.qnn_io import describe_io, io_encodings
 
     for recipe in ("16a8w", "16a4w_block"):
-        found = quantized("qwen3", recipe)
+        found = quantized("qwen3", recipe, kv_bits=bits)
         for graph in found.graphs.values():
             entering, leaving = io_encodings(graph)
             caches = [*entering[-2:], *leaving[-2:]]
-            assert [(each.bits, int(each.zero_point)) for each in caches] == [(8, 128)] * 4
+            assert [(each.bits, int(each.zero_point)) for each in caches] == [(bits or 8, zero)] * 4
         facts = describe_io(found)
+        assert facts["cache"] == {"dtype": dtype, "zero": zero}
         assert facts["mask"] == {"dtype": "uint16", "visible": 65535, "hidden": 0}
 
 
@@ -262,15 +269,18 @@ def test_the_chunk_and_decode_find_equal_encodings_on_equal_tokens(family) -> No
     assert [differing[name] for name in shared if name in differing] == []
 
 
-@pytest.mark.parametrize("recipe", ["16a4w_block", "16a4w", "fp16a8w"])
-def test_encodings_from_a_file_give_the_same_graphs(recipe, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "bits"), [("16a4w_block", 8), ("16a4w_block", 16), ("16a4w", 8), ("fp16a8w", 16)]
+)
+def test_encodings_from_a_file_give_the_same_graphs(recipe, bits, tmp_path) -> None:
     from edgepass.lowering.qnn_decoder import quantize_decoder
     from edgepass.ops.encodings_file import read_encodings_file, write_encodings_file
 
-    found, file = quantized("qwen3", recipe), tmp_path / "encodings.json"
+    found, file = quantized("qwen3", recipe, kv_bits=bits), tmp_path / "encodings.json"
     write_encodings_file(file, found.encodings)
     text, table = tokens(CHUNK, seed=5), read_encodings_file(file)
-    again = quantize_decoder(found.decoder, quantization(recipe), [text], CHUNK, encodings=table)
+    how = quantization(recipe, kv_bits=bits)
+    again = quantize_decoder(found.decoder, how, [text], CHUNK, encodings=table)
     assert not again.encodings.diff(found.encodings)
     for name, form in found.forms.items():
         inputs = form.inputs(tokens(form.tokens, seed=3))

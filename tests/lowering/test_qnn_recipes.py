@@ -1,8 +1,17 @@
 """Names of recipes and chips; unknown ones are listed."""
 
+from dataclasses import replace
+
 import pytest
 
-from edgepass.lowering.qnn_recipes import QNN_RECIPES, check_kv_bits, find_chip, find_qnn_recipe
+from edgepass.calibration.recipe_sections import KvCache
+from edgepass.lowering.qnn_recipes import (
+    QNN_RECIPES,
+    check_chip,
+    check_kv_bits,
+    find_chip,
+    find_qnn_recipe,
+)
 from edgepass.ops.errors import InvalidArgumentError
 
 
@@ -23,3 +32,14 @@ def test_an_unknown_chip_is_refused_with_the_known_ones() -> None:
     assert find_chip("SM8650").name == "SM8650"
     with pytest.raises(InvalidArgumentError, match=r"got soc='SM1', accepted are .*SM8650"):
         find_chip("SM1")
+
+
+def test_caches_of_16_bits_are_refused_on_chips_that_cannot_multiply_by_them() -> None:
+    recipe = find_qnn_recipe("16a8w")
+    wide = replace(recipe, asked=recipe.asked.changed(kv_cache=KvCache(bits=16)))
+    for chosen, bits in ((recipe, 16), (wide, None)):
+        check_chip(chosen, bits, find_chip("SM8550"))
+        with pytest.raises(InvalidArgumentError, match="got kv_bits=16 for soc=SM8450, whose HTP"):
+            check_chip(chosen, bits, find_chip("SM8450"))
+    for chosen, bits in ((recipe, None), (wide, 8), (find_qnn_recipe("fp16a8w"), None)):
+        check_chip(chosen, bits, find_chip("SM8450"))

@@ -1,6 +1,6 @@
 """Whole decoders on the real HTP libraries: one delegate a method, and the simulator's numbers.
 
-Three are lowered in each run, once for all tests here; every recipe of two families nightly.
+Four are lowered in each run, once for all tests here; every recipe of two families nightly.
 """
 
 import importlib.util
@@ -42,16 +42,21 @@ TARGETS = {
     "smollm2": smollm2,
     "qwen3": lambda: (quantized("qwen3", "16a8w", layers=2), tokens(seed=1)),
     "gemma3": lambda: (quantized("gemma3_text", "16a4w", layers=2), tokens(seed=1)),
+    "gemma3 with 16-bit caches": lambda: (
+        quantized("gemma3_text", "16a4w_block", layers=2, kv_bits=16),
+        tokens(seed=1),
+    ),
 }
+WIDE = "gemma3 with 16-bit caches"
 
 
-def lowered(found, fp16: bool = False):
+def lowered(found, fp16: bool = False, kv_bits: int = 8):
     from edgepass.lowering.qnn_decoder import metadata
     from edgepass.lowering.qnn_lowering import lower_graphs
     from edgepass.lowering.qnn_recipes import find_chip
 
     inputs = {name: form.inputs(tokens(form.tokens)) for name, form in found.forms.items()}
-    facts = metadata(found, [2], 8)
+    facts = metadata(found, [2], kv_bits)
     return lower_graphs(found.graphs, inputs, find_chip("SM8650"), facts, fp16=fp16)
 
 
@@ -66,11 +71,18 @@ def check_delegates(manager, found) -> None:
 @pytest.fixture(scope="module", params=TARGETS)
 def target(request, tmp_path_factory) -> SimpleNamespace:
     found, text = TARGETS[request.param]()
-    manager = lowered(found)
+    bits = 16 if request.param == WIDE else 8
+    manager = lowered(found, kv_bits=bits)
     path = tmp_path_factory.mktemp("qnn") / "model.pte"
     path.write_bytes(manager.buffer)
-    least_db = 36 if request.param == "smollm2" else 40
-    return SimpleNamespace(found=found, text=text, manager=manager, path=path, least_db=least_db)
+    return SimpleNamespace(
+        found=found,
+        text=text,
+        manager=manager,
+        path=path,
+        least_db={"smollm2": 36, WIDE: 55}.get(request.param, 40),
+        kv_bits=bits,
+    )
 
 
 def test_each_method_is_one_delegate_and_nothing_else(target) -> None:
@@ -84,10 +96,10 @@ def test_one_file_has_both_methods_and_what_the_stock_runner_asks(target) -> Non
     assert program.methods >= {"kv_forward", "prefill_forward"}
     assert program.constant("get_n_layers") == decoder.layers == 2
     assert program.constant("get_ar_len") == target.found.forms["prefill_forward"].tokens
-    assert program.constant("get_kv_io_bit_width") == 8
+    assert program.constant("get_kv_io_bit_width") == target.kv_bits
 
 
-def test_the_caches_enter_and_leave_in_eight_bits_a_step_off_at_most(target) -> None:
+def test_the_caches_enter_and_leave_in_their_bits_some_steps_off_at_most(target) -> None:
     from edgepass.lowering.qnn_io import io_encodings, quantize_tensor
     from edgepass.lowering.qnn_simulator import SimulatedProgram
 
@@ -98,15 +110,18 @@ def test_the_caches_enter_and_leave_in_eight_bits_a_step_off_at_most(target) -> 
         flat = zip(pytree.tree_leaves(inputs), entering, strict=True)
         given = [quantize_tensor(*each) for each in flat]
         rows = program.run(name, given)[1:]
-        assert [each.dtype for each in (*given[-4:], *rows)] == [torch.uint8] * 8
+        dtype = torch.uint8 if target.kv_bits == 8 else torch.int16
+        assert [each.dtype for each in (*given[-4:], *rows)] == [dtype] * 8
         pairs = zip(entering[-4:], leaving[1:], strict=True)
         assert all(one.difference(other) == 0 for one, other in pairs)
         with torch.no_grad():
             expected = graph(*inputs)[1:]
         for row, exact, encoding in zip(rows, expected, leaving[1:], strict=True):
             steps = row.int() - quantize_tensor(exact, encoding).int()
-            assert steps.abs().max() <= 1
-            assert steps.count_nonzero() <= max(2, 0.02 * steps.numel())
+            # Of 16 bits the roundings of norms and linears show: 0.1 % of the range here.
+            assert steps.abs().max() <= (1 if target.kv_bits == 8 else 32)
+            if target.kv_bits == 8:
+                assert steps.count_nonzero() <= max(2, 0.02 * steps.numel())
 
 
 def test_the_simulator_agrees_with_the_fake_quantized_graph(target) -> None:

@@ -121,7 +121,7 @@ def test_the_caches_enter_and_leave_in_their_bits_some_steps_off_at_most(target)
             # Of 16 bits the roundings of norms and linears show: 0.1 % of the range here.
             assert steps.abs().max() <= (1 if target.kv_bits == 8 else 32)
             if target.kv_bits == 8:
-                assert steps.count_nonzero() <= max(2, 0.02 * steps.numel())
+                assert steps.count_nonzero() <= max(2, 0.05 * steps.numel())
 
 
 def test_the_simulator_agrees_with_the_fake_quantized_graph(target) -> None:

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 from edgepass.passes.cancel_views import CancelPermutations, DropView, JoinReshapes
 from edgepass.passes.drop_guards import DropMetadataAssertion, DropSymbolAssertion
 from edgepass.passes.drop_no_ops import DropCast, DropCopy, DropUnitFactor
-from edgepass.passes.graph_pass import GraphPass, NoMatch, rewriter_of
+from edgepass.passes.graph_pass import GraphPass, NoMatch
 from edgepass.passes.pattern import anything, ops
 from edgepass.passes.program import WorkingProgram
-from edgepass.passes.rewriter import RewriteLog, RuleCount
+from edgepass.passes.rewriter import RewriteLog, Rewriter, RuleCount
 from edgepass.passes.rule import RewriteRule
 from edgepass.passes.unwrap_parameters import unwrap_parameters
 
@@ -62,7 +62,7 @@ class Canonicalize(GraphPass):
     def run(self, program: WorkingProgram) -> RewriteLog:
         log = RewriteLog()
         unwrap_parameters(program, log)
-        rewriter_of(self).apply(program, log)
+        Rewriter(self.rules()).apply(program, log)
         merged = program.merge_equal_constants()
         erased = program.remove_dead_calls()
         program.remove_unused_constants()

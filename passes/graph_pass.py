@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 from torch.fx import Node
@@ -49,8 +48,7 @@ class NoMatch:
 
 @dataclass(frozen=True)
 class GraphPass:
-    """Base of every pass. Options are the fields of the subclass, which is a frozen dataclass;
-    equal passes share the rules that ``rules`` returned first.
+    """Base of every pass. Options are the fields of the subclass, which is a frozen dataclass.
 
     ``name`` is stable (``"fuse-rms-norm"``). ``requires`` must hold before and ``ensures`` after
     it. ``after`` and ``before`` order it among others. ``agreement_db`` is the least
@@ -74,13 +72,7 @@ class GraphPass:
 
     def run(self, program: WorkingProgram) -> RewriteLog:
         """Change ``program`` and say what was done. A second run changes nothing."""
-        log = rewriter_of(self).apply(program)
+        log = Rewriter(self.rules()).apply(program)
         if log.changed:
             program.remove_unused_constants()
         return log
-
-
-@cache
-def rewriter_of(graph_pass: GraphPass) -> Rewriter:
-    """Return the rules of a pass, compiled when they are first needed: it takes 0.2 ms."""
-    return Rewriter(graph_pass.rules())

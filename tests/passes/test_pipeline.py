@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edgepass.ops.errors import PassError, VerificationError
-from edgepass.passes.graph_pass import GraphPass, NoMatch, Order, rewriter_of
+from edgepass.passes.graph_pass import GraphPass, NoMatch, Order
 from edgepass.passes.pattern import ops
 from edgepass.passes.pipeline import Pipeline
 from edgepass.passes.rule import RewriteRule
@@ -141,8 +141,3 @@ def test_the_given_program_is_not_changed() -> None:
     before = str(exported.graph)
     Pipeline([ReplaceSquares()]).run(exported)
     assert str(exported.graph) == before
-
-
-def test_equal_passes_share_compiled_rules_and_others_do_not() -> None:
-    assert rewriter_of(ReplaceSquares()) is rewriter_of(ReplaceSquares())
-    assert rewriter_of(ReplaceSquares()) is not rewriter_of(ReplaceCubes())
